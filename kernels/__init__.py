@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: bytes in, numbers out. They know nothing of modules."""

@@ -1,0 +1,26 @@
+"""Fast and exact weight-concentration penalties and magnitude pruning for PyTorch."""
+
+from wcr_fast.backend import backend
+from wcr_fast.ops.moments import concentration_penalty, layer_moments
+from wcr_fast.regularizers import (
+    L1,
+    WCR,
+    HoyerSquare,
+    LogConcentration,
+    Regularizer,
+    RelativeConcentration,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L1",
+    "WCR",
+    "HoyerSquare",
+    "LogConcentration",
+    "Regularizer",
+    "RelativeConcentration",
+    "backend",
+    "concentration_penalty",
+    "layer_moments",
+]

@@ -1,0 +1,1 @@
+"""The ops: checks, backend choice, allocation, registration with torch.library, autograd."""

@@ -1,0 +1,1 @@
+"""Magnitude pruning: thresholds, masks, records, curves, checkpoints."""

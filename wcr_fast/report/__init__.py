@@ -1,0 +1,1 @@
+"""Reports: rows in, statistics, tables, figures and one page out. Pure functions."""

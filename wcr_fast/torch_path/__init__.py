@@ -1,0 +1,1 @@
+"""Every op in plain torch and numpy: the CPU's implementation, and the fallback without Triton."""
