@@ -15,6 +15,11 @@ GRAD_RTOL = {torch.float32: 4e-6, torch.float64: 1e-11, torch.float16: 6e-4, tor
 SHAPES = [(0,), (), (1,), (7,), (33, 5), (16, 3, 3, 3), (4099,), (130, 1031)]
 
 
+def interpreted(backend, device):
+    """Interpreted programs take milliseconds each: fewer of them there."""
+    return backend == "triton" and device.type == "cpu"
+
+
 def make(shape, dtype, device, scale=0.05):
     return (torch.randn(shape) * scale).to(dtype).to(device)
 
@@ -39,7 +44,8 @@ def test_small_variance_is_accurate(backend, device, spread):
     w = (0.5 + spread * torch.randn(5000)).to(device)
     _, var = wcr_fast.layer_moments([w])
     _, want = reference.moments(w, 1e-8)
-    assert abs(var.item() / want.item() - 1) < 1e-3
+    # each magnitude is rounded to 2^-23 of 0.5 (2 ulp, the GPU's square root); against the spread, that is
+    assert abs(var.item() / want.item() - 1) < 2 * 2**-23 * 0.5 / spread + 1e-5
 
 
 def test_outlier_in_first_place(backend, device):
@@ -54,7 +60,7 @@ def test_outlier_in_first_place(backend, device):
 @pytest.mark.parametrize("n", [1, 9, 1000, 1728, 1 << 20])
 @pytest.mark.parametrize("value", [0.1, -0.3, 1e-20, 0.0])
 def test_equal_magnitudes_have_zero_variance_and_gradient(backend, device, n, value):
-    if backend == "triton" and n == 1 << 20 and device.type == "cpu" and value != 0.1:
+    if interpreted(backend, device) and n == 1 << 20 and value != 0.1:
         pytest.skip("one large size is enough in the interpreter")
     w = torch.full((n,), value)
     w[::2] *= -1
@@ -99,10 +105,11 @@ def test_mixed_dtypes_and_layouts(backend, device):
 
 
 def test_thousands_of_tiny_tensors(backend, device):
-    flat = make((3000 * 5,), torch.float32, device)
+    count = 200 if interpreted(backend, device) else 3000
+    flat = make((count * 5,), torch.float32, device)
     weights = list(flat.split(5))
     mean, var = wcr_fast.layer_moments(weights)
-    a = reference.magnitudes(flat, 1e-8).cpu().view(3000, 5)
+    a = reference.magnitudes(flat, 1e-8).cpu().view(count, 5)
     torch.testing.assert_close(mean.double().cpu(), a.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(var.double().cpu(), a.var(1, unbiased=False), rtol=1e-4, atol=1e-12)
 
@@ -133,8 +140,8 @@ def test_result_does_not_depend_on_the_memory_format(backend, device):
 
 @pytest.mark.parametrize("r", [1e-8, 0.01, 0.0])
 def test_gradcheck_and_gradgradcheck(backend, device, r):
-    weights = [torch.randn(4, 3).double().to(device).requires_grad_(), torch.randn(7).double().to(device)]
-    weights[1].requires_grad_()
+    shapes = [(2, 2), (3,)] if interpreted(backend, device) else [(4, 3), (7,)]
+    weights = [torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in shapes]
 
     def moments(*w):
         return wcr_fast.layer_moments(list(w), r=r)

@@ -31,10 +31,25 @@ def _stats_dtype(device: torch.device) -> torch.dtype:
 
 
 class _Scratch:
-    """Block buffers of one call: nothing here is as large as a layer, except off the CPU."""
+    """Block buffers and r of one call: nothing here is as large as a layer, except off the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, r: float) -> None:
+        self._r = r
+        self.smooth = r != 0
         self._buffers: dict[tuple, Tensor] = {}
+
+    def r(self, like: Tensor) -> Tensor:
+        """Return r as a 0-d tensor: addcmul takes no plain number."""
+        key = ("r", like.dtype, like.device)
+        if key not in self._buffers:
+            self._buffers[key] = torch.tensor(self._r, dtype=like.dtype, device=like.device)
+        return self._buffers[key]
+
+    def magnitude(self, x: Tensor, out: Tensor) -> Tensor:
+        """Write sqrt(x^2 + r) (|x| where r is 0) into out."""
+        if not self.smooth:
+            return torch.abs(x, out=out)
+        return torch.addcmul(self.r(x), x, x, out=out).sqrt_()
 
     def take(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         key = (slot, dtype, like.device)
@@ -55,30 +70,23 @@ def _blocks(flat: Tensor) -> Iterator[Tensor]:
     return iter(flat.split(BLOCK))
 
 
-def _magnitude(x: Tensor, r: Tensor, out: Tensor) -> Tensor:
-    """Write sqrt(x^2 + r) (|x| where r is 0) into out."""
-    if r == 0:
-        return torch.abs(x, out=out)
-    return torch.addcmul(r, x, x, out=out).sqrt_()
-
-
-def _one_sweep(flat: Tensor, r: Tensor, scratch: _Scratch) -> tuple[float, float]:
+def _one_sweep(flat: Tensor, r: float, scratch: _Scratch) -> tuple[float, float]:
     total, squares = 0.0, 0.0
     for block in _blocks(flat):
         x = scratch.widened("x", block)
-        a = _magnitude(x, r, scratch.take("a", x, x.dtype))
+        a = scratch.magnitude(x, scratch.take("a", x, x.dtype))
         total += a.sum().item()
         squares += torch.dot(x, x).item()
     n = flat.numel()
     mean = total / n
-    return mean, squares / n + r.item() - mean * mean
+    return mean, squares / n + r - mean * mean
 
 
-def _about_pivot(flat: Tensor, r: Tensor, pivot: Tensor, scratch: _Scratch) -> tuple[float, float]:
+def _about_pivot(flat: Tensor, pivot: Tensor, scratch: _Scratch) -> tuple[float, float]:
     total, squares = 0.0, 0.0
     for block in _blocks(flat):
         x = scratch.widened("x", block)
-        d = _magnitude(x, r, scratch.take("a", x, x.dtype)).sub_(pivot)
+        d = scratch.magnitude(x, scratch.take("a", x, x.dtype)).sub_(pivot)
         total += d.sum().item()
         squares += torch.dot(d, d).item()
     n = flat.numel()
@@ -89,18 +97,16 @@ def _about_pivot(flat: Tensor, r: Tensor, pivot: Tensor, scratch: _Scratch) -> t
 def _stats_of(flat: Tensor, r: float, scratch: _Scratch) -> tuple[float, float, float, float]:
     if flat.numel() == 0:
         return 0.0, 0.0, 0.0, 0.0
-    dtype = compute_dtype(flat.dtype)
-    r_tensor = torch.tensor(r, dtype=dtype, device=flat.device)
-    mean, var = _one_sweep(flat, r_tensor, scratch)
+    mean, var = _one_sweep(flat, r, scratch)
     if var >= WELL_CONDITIONED * mean * mean and var > 0:
         return mean, var, 0.0, mean
-    first = flat[:1].to(dtype)
-    pivot = _magnitude(first, r_tensor, torch.empty_like(first))[0]
+    first = flat[:1].to(compute_dtype(flat.dtype))
+    pivot = scratch.magnitude(first, torch.empty_like(first))[0]
     # A layer of equal magnitudes needs its own value as pivot to come out as exactly zero; an outlier in
     # the first place would bring the cancellation back, there the mean is the better pivot.
     if abs(pivot.item() - mean) > 0.1 * mean:
-        pivot = torch.tensor(mean, dtype=dtype, device=flat.device)
-    shift, var = _about_pivot(flat, r_tensor, pivot, scratch)
+        pivot = torch.full_like(pivot, mean)
+    shift, var = _about_pivot(flat, pivot, scratch)
     return pivot.item() + shift, var, pivot.item(), shift
 
 
@@ -111,26 +117,36 @@ def layer_moments(
 
     Stats are float64 [4, L] on the first tensor's device: mean, variance, pivot, mean - pivot.
     """
-    scratch = _Scratch()
+    scratch = _Scratch(r)
     rows = [_stats_of(flat_view(t), r, scratch) for t in tensors]
     device = tensors[0].device
     return torch.tensor(rows, dtype=_stats_dtype(device)).reshape(-1, 4).t().contiguous().to(device), None
 
 
-def _slope(x: Tensor, layer: tuple[float, ...], r: Tensor, scratch: _Scratch) -> Tensor:
-    """Return (b + c (a - m)) s of one block, in scratch."""
+def _put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: _Scratch, *, add: bool) -> None:
+    """Write (b + c (a - m)) s of one block into target, or add it."""
+    if target.dtype != x.dtype:  # half precision: one rounding, at the end
+        wide = scratch.take("g", x, x.dtype)
+        _put(wide.copy_(target) if add else wide, x, layer, scratch, add=add)
+        target.copy_(wide)
+        return
     mean, pivot, shift, b, c = layer
     t = scratch.take("a", x, x.dtype)
-    if pivot == 0.0:  # = (b - c m) s + c w, fewer passes
+    if pivot == 0.0:  # = c w + (b - c m) s, fewer passes
         level = b - c * mean
-        if r == 0:
-            torch.sign(x, out=t).mul_(level)
+        if not add:
+            torch.mul(x, c, out=target) if c else target.zero_()
+        elif c:
+            target.add_(x, alpha=c)
+        if scratch.smooth:
+            target.addcdiv_(x, scratch.magnitude(x, t), value=level)
         else:
-            torch.div(x, _magnitude(x, r, t), out=t).mul_(level)
-        return t.add_(x, alpha=c) if c else t
-    a = _magnitude(x, r, scratch.take("m", x, x.dtype))
+            target.add_(torch.sign(x, out=t), alpha=level)
+        return
+    a = scratch.magnitude(x, scratch.take("m", x, x.dtype))
     torch.sub(a, pivot, out=t).sub_(shift).mul_(c).add_(b)
-    return t.mul_(torch.sign(x, out=a)) if r == 0 else t.mul_(x).div_(a)
+    t = t.mul_(x).div_(a) if scratch.smooth else t.mul_(torch.sign(x, out=a))
+    target.add_(t) if add else target.copy_(t)
 
 
 def _layers(stats: Tensor, coef: Tensor, tensors: Sequence[Tensor], lam: float) -> list[tuple[float, ...]]:
@@ -152,42 +168,27 @@ def add_grad_(
     r: float,
 ) -> None:
     """Add lam * s * (b + c (a - m)) to every gradient, b = coef[1] / n and c = 2 coef[2] / n."""
-    scratch = _Scratch()
+    scratch = _Scratch(r)
     for grad, tensor, layer in zip(grads, tensors, _layers(stats, coef, tensors, float(lam)), strict=True):
         if not same_layout(grad, tensor):
-            grad.add_(_written(tensor, layer, r, scratch))
+            grad.add_(_written(tensor, layer, scratch))
             continue
-        r_tensor = torch.tensor(r, dtype=compute_dtype(tensor.dtype), device=tensor.device)
         for g, block in zip(_blocks(flat_view(grad)), _blocks(flat_view(tensor)), strict=True):
-            _add_block_(g, scratch.widened("x", block), layer, r_tensor, scratch)
+            _put(g, scratch.widened("x", block), layer, scratch, add=True)
 
 
-def _add_block_(g: Tensor, x: Tensor, layer: tuple[float, ...], r: Tensor, scratch: _Scratch) -> None:
-    if g.dtype != x.dtype:  # half precision: one rounding, at the end
-        g.copy_(_slope(x, layer, r, scratch).add_(g))
-        return
-    mean, pivot, _, b, c = layer
-    if pivot == 0.0 and r != 0:  # the scaling rides on the addition
-        g.addcdiv_(x, _magnitude(x, r, scratch.take("a", x, x.dtype)), value=b - c * mean)
-        if c:
-            g.add_(x, alpha=c)
-        return
-    g.add_(_slope(x, layer, r, scratch))
-
-
-def _written(tensor: Tensor, layer: tuple[float, ...], r: float, scratch: _Scratch) -> Tensor:
+def _written(tensor: Tensor, layer: tuple[float, ...], scratch: _Scratch) -> Tensor:
     out = torch.empty_like(tensor)
-    r_tensor = torch.tensor(r, dtype=compute_dtype(tensor.dtype), device=tensor.device)
     if not same_layout(out, tensor):
         tensor = tensor.contiguous()
         out = torch.empty_like(tensor)
     for o, block in zip(_blocks(flat_view(out)), _blocks(flat_view(tensor)), strict=True):
-        o.copy_(_slope(scratch.widened("x", block), layer, r_tensor, scratch))
+        _put(o, scratch.widened("x", block), layer, scratch, add=False)
     return out
 
 
 def grads(tensors: Sequence[Tensor], stats: Tensor, coef: Tensor, r: float) -> list[Tensor]:
     """Return s * (b + c (a - m)) of every tensor, each with its tensor's dtype."""
-    scratch = _Scratch()
+    scratch = _Scratch(r)
     layers = _layers(stats, coef, tensors, 1.0)
-    return [_written(t, layer, r, scratch) for t, layer in zip(tensors, layers, strict=True)]
+    return [_written(t, layer, scratch) for t, layer in zip(tensors, layers, strict=True)]

@@ -1,0 +1,9 @@
+"""Benchmarks, run from a clone after ``pip install -e .``: ``python -m benchmarks.cpu``, ``.codegen``."""
+
+import sys
+
+try:
+    import wcr_fast.kernels  # noqa: F401
+except ImportError:
+    print("benchmarks need the package installed in place: pip install -e .", file=sys.stderr)
+    raise SystemExit(3) from None

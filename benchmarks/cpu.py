@@ -1,0 +1,220 @@
+"""CPU ratios, side by side in one process: ``python -m benchmarks.cpu``.
+
+Verifies every result against the float64 reference of the tests before anything is timed. ``--checkpoint`` adds the
+streaming of a 2 GB safetensors file against cp + sync (needs 6 GB of disk), ``--out FILE`` writes the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as torch_prune
+
+import wcr_fast
+from benchmarks.machine import machine
+from benchmarks.shapes import make, resnet18, small_tensors
+from benchmarks.timing import interleaved
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import reference
+import reference_selection
+
+LAM, EPS, R = 1e-5, 1e-8, 1e-8
+
+
+def eager_penalty(weights: list[Tensor]) -> Tensor:
+    """The penalty as a user writes it: the fastest eager form found (``a.var()`` is slower on the CPU)."""
+    total = 0.0
+    for w in weights:
+        a = torch.sqrt(w * w + R)
+        total = total + 1.0 / ((a - a.mean()).square().mean() + EPS)
+    return LAM * total
+
+
+def check(name: str, condition: bool) -> None:
+    if not condition:
+        raise SystemExit(f"benchmarks.cpu: {name} disagrees with the reference; nothing was timed")
+
+
+def verify_penalty(weights: list[Tensor], gradient: Callable[[], object]) -> None:
+    """Check that a way of adding the penalty's gradient adds the reference's."""
+    _, want = reference.penalty_and_grads("wcr", weights, EPS, R)
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    gradient()
+    check(
+        "the gradient",
+        all(reference.relative_error(w.grad, LAM * g) < 1e-5 for w, g in zip(weights, want, strict=True)),
+    )
+
+
+def penalty_rows(shapes: list[tuple[int, ...]], *, compiled: bool, rounds: int) -> dict[str, float]:
+    weights = [w.requires_grad_() for w in make(shapes)]
+    wcr = wcr_fast.WCR(weights, lam=LAM)
+    sides: dict[str, Callable[[], object]] = {
+        "add_grad_": wcr.add_grad_,
+        "loss": lambda: wcr().backward(),
+        "eager": lambda: eager_penalty(weights).backward(),
+    }
+    if compiled:
+        compiled_penalty = torch.compile(eager_penalty)
+        sides["compiled"] = lambda: compiled_penalty(weights).backward()
+    for side in sides.values():
+        verify_penalty(weights, side)
+    return interleaved(sides, rounds=rounds)
+
+
+class Holder(nn.Module):
+    """Weights as modules with a ``weight`` each: the form that torch's pruning asks for."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for w in weights:
+            layer = nn.Module()
+            layer.weight = nn.Parameter(w)
+            self.layers.append(layer)
+
+
+def prune_rows(shapes: list[tuple[int, ...]], *, sparsity: float, rounds: int) -> dict[str, float]:
+    dense = make(shapes)
+    want = reference_selection.masks(dense, sparsity, "global")
+    ours = [w.clone() for w in dense]
+    wcr_fast.prune_(ours, sparsity)
+    check("prune_", all(torch.equal(o, w * m) for o, w, m in zip(ours, dense, want, strict=True)))
+
+    def restore() -> None:
+        for o, w in zip(ours, dense, strict=True):
+            o.copy_(w)
+
+    held: list[Holder] = []
+
+    def fresh() -> None:
+        held[:] = [Holder([w.clone() for w in dense])]
+
+    def rival() -> None:
+        parameters = [(layer, "weight") for layer in held[0].layers]
+        torch_prune.global_unstructured(parameters, pruning_method=torch_prune.L1Unstructured, amount=sparsity)
+
+    fresh(), rival()
+    check("torch's pruning", all(torch.equal(k.weight != 0, m) for k, m in zip(held[0].layers, want, strict=True)))
+    sides = {"prune_": (restore, lambda: wcr_fast.prune_(ours, sparsity)), "global_unstructured": (fresh, rival)}
+    return interleaved(sides, rounds=rounds, warmup=1)
+
+
+MEMORY_PROBE = """
+import resource, torch, wcr_fast
+wcr_fast.prune_([torch.randn(1000, 1000)], 0.5)
+weights = [torch.randn(1000, 1000) for _ in range(100)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+record = wcr_fast.prune_(weights, 0.9)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024)
+"""
+
+
+def memory_of_prune() -> int:
+    """Return the growth of the resident peak, in bytes, while a fresh process prunes a 400 MB list."""
+    out = subprocess.run([sys.executable, "-c", MEMORY_PROBE], capture_output=True, text=True, check=True)
+    return int(out.stdout)
+
+
+def checkpoint_rows(dtype: torch.dtype, folder: Path) -> dict[str, float]:
+    """Return seconds of ``wcr-fast prune`` and of cp + sync on one 2 GB file, and the former's resident peak."""
+    from safetensors.torch import save_file
+
+    source, copy, pruned = folder / "model.safetensors", folder / "copy.safetensors", folder / "pruned.safetensors"
+    count = (2 << 30) // (32 << 20)
+    rows = (32 << 20) // (4096 * torch.empty(0, dtype=dtype).element_size())
+    save_file({f"w{i}": torch.randn(rows, 4096).to(dtype) for i in range(count)}, source)
+
+    def timed(run: Callable[[], object], target: Path) -> float:
+        target.unlink(missing_ok=True)
+        os.sync()
+        with source.open("rb") as file:  # into the page cache
+            while file.read(1 << 24):
+                pass
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def copy_and_sync() -> None:
+        subprocess.run(["cp", source, copy], check=True)
+        subprocess.run(["sync", copy], check=True)
+
+    command = [sys.executable, "-m", "wcr_fast", "prune"]
+    start = min(timed(lambda: subprocess.run([*command, "--help"], capture_output=True), pruned) for _ in range(3))
+    run = [*command, str(source), str(pruned), "--sparsity", "0.9"]
+    pairs = []
+    for _ in range(3):
+        ours = timed(lambda: subprocess.run(run, capture_output=True, check=True), pruned) - start
+        pairs.append((ours, timed(copy_and_sync, copy)))
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    ours, theirs = (sorted(column)[1] for column in zip(*pairs, strict=True))
+    return {"prune": ours, "cp_sync": theirs, "peak_bytes": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
+    parser.add_argument("--checkpoint", action="store_true", help="also stream a 2 GB file (6 GB of disk)")
+    parser.add_argument("--out", type=Path, help="write the record as JSON")
+    args = parser.parse_args()
+    record: dict[str, object] = {"machine": machine(), "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]])}
+
+    ms = record["seconds"] = {}
+    ms["resnet18"] = penalty_rows(resnet18(), compiled=True, rounds=args.rounds)
+    ms["small_1000"] = penalty_rows(small_tensors(), compiled=False, rounds=args.rounds)
+    ms["prune_resnet18"] = prune_rows(resnet18(), sparsity=0.9, rounds=min(args.rounds, 7))
+    ms["prune_small_1000"] = prune_rows(small_tensors(), sparsity=0.9, rounds=min(args.rounds, 7))
+    extra = memory_of_prune()
+    penalty, small, prune, prune_small = (
+        ms[name] for name in ("resnet18", "small_1000", "prune_resnet18", "prune_small_1000")
+    )
+    rows = [
+        ("add_grad_ against eager autograd, ResNet-18", ratio(penalty, "eager", "add_grad_"), ">= 4"),
+        ("add_grad_ time over torch.compile's, ResNet-18", ratio(penalty, "add_grad_", "compiled"), "<= 1.4"),
+        ("wcr() + backward against eager autograd, ResNet-18", ratio(penalty, "eager", "loss"), ">= 3"),
+        ("add_grad_ against eager autograd, 1,000 small", ratio(small, "eager", "add_grad_"), ""),
+        ("wcr() + backward against eager, 1,000 small", ratio(small, "eager", "loss"), ""),
+        ("prune_ 90 % against torch's, ResNet-18", ratio(prune, "global_unstructured", "prune_"), ">= 60"),
+        ("prune_ 90 % against torch's, 1,000 small", ratio(prune_small, "global_unstructured", "prune_"), ""),
+        ("extra memory of prune_ on 400 MB, MB", extra / 1e6, "<= 21"),
+    ]
+    if args.checkpoint:
+        for dtype in (torch.float32, torch.bfloat16):
+            folder = Path(tempfile.mkdtemp(dir="."))
+            try:
+                times = ms[f"checkpoint_{dtype}"] = checkpoint_rows(dtype, folder)
+            finally:
+                shutil.rmtree(folder)
+            rows.append((f"wcr-fast prune, 2 GB {dtype}, over cp + sync", ratio(times, "prune", "cp_sync"), "<= 3"))
+            rows.append(("  its resident peak, MB", times["peak_bytes"] / 1e6, "< 600"))
+    record["ratios"] = {name.strip(): value for name, value, _ in rows}
+    for name, times in ms.items():
+        print(name.ljust(24), "  ".join(f"{k} {v * 1e3:.2f} ms" for k, v in times.items() if k != "peak_bytes"))
+    print()
+    for name, value, bound in rows:
+        print(f"{name:56s} {value:8.2f}   {bound}")
+    if args.out:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def ratio(times: dict[str, float], over: str, under: str) -> float:
+    return times[over] / times[under]
+
+
+if __name__ == "__main__":
+    main()
