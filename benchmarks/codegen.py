@@ -3,8 +3,8 @@
     python -m benchmarks.codegen [--json] [--target sm_90 ...] [--only WORD]
 
 The exit code is 1 when a kernel spills, or when the full-chunk path of a kernel that streams weights has no
-128-bit loads on sm_90. SASS per element counts the machine instructions of the full-chunk loop, as unrolled by
-the compiler, over the elements it handles per thread; it is a static count.
+128-bit loads on sm_90. SASS per element counts the machine instructions in the loop of the full-chunk path over
+the elements a thread handles in one turn; inner loops count once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -50,11 +49,11 @@ class Report:
     variant: str
     target: str
     registers: int
-    spill_bytes: int
+    spills: int  # loads and stores of spilled registers (on AMD, spilled vector registers)
     shared_bytes: int
     wide_loads: int  # 128-bit loads of global memory
     other_loads: int
-    instructions_per_element: float | None  # NVIDIA only, for the longest loop with wide loads
+    instructions_per_element: float | None  # NVIDIA only, for the loop of the full-chunk path
     problems: tuple[str, ...]
 
 
@@ -80,63 +79,68 @@ def _tool(name: str, cubin: bytes, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run(
-            [program, *options, file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([program, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 @dataclass(frozen=True)
 class Instruction:
-    address: int
     name: str
-    text: str
+    operands: str
+
+    @property
+    def is_wide_load(self) -> bool:
+        return self.name.startswith("LDG") and ".128" in self.name
 
 
-def _instructions(sass: str) -> list[Instruction]:
-    pattern = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+((?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)[^;]*);")
-    return [Instruction(int(m[1], 16), m[3], m[2]) for m in pattern.finditer(sass)]
+def _disassemble(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Return the instructions, without padding, and the place each label stands at."""
+    pattern = re.compile(r"^(\.L_x_\d+):|/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for match in pattern.finditer(sass):
+        if match[1]:
+            labels[match[1]] = len(instructions)
+        elif match[2] != "NOP":
+            instructions.append(Instruction(match[2], match[3]))
+    return instructions, labels
 
 
-def _wide_regions(instructions: list[Instruction]) -> Iterable[list[Instruction]]:
-    """Yield the straight runs of code around 128-bit loads: loop bodies, or unrolled stretches between branches."""
-    region: list[Instruction] = []
-    for instruction in instructions:
-        region.append(instruction)
-        if instruction.name.startswith(("BRA", "EXIT", "BSYNC", "WARPSYNC")):
-            if any(_is_wide(i) for i in region):
-                yield region
-            region = []
-
-
-def _is_wide(instruction: Instruction) -> bool:
-    return instruction.name.startswith("LDG") and ".128" in instruction.name
+def _streaming_loop(instructions: list[Instruction], labels: dict[str, int]) -> list[Instruction]:
+    """Return the shortest loop with 128-bit loads, or where it was unrolled the stretch that holds most of them."""
+    loops, stretch, stretches = [], [], []
+    for place, instruction in enumerate(instructions):
+        stretch.append(instruction)
+        if instruction.name.startswith(("BRA", "EXIT")):
+            stretches.append(stretch)
+            stretch = []
+            target = re.search(r"\.L_x_\d+", instruction.operands)
+            if target and labels[target[0]] <= place:
+                loops.append(instructions[labels[target[0]] : place + 1])
+    streaming = [loop for loop in loops if any(i.is_wide_load for i in loop)]
+    if streaming:
+        return min(streaming, key=len)
+    return max(stretches, key=lambda s: sum(i.is_wide_load for i in s))
 
 
 def _nvidia(variant: Variant, compiled: triton.compiler.CompiledKernel) -> dict:
     usage = _tool("cuobjdump", compiled.asm["cubin"], "-res-usage")
-    figures = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    instructions = _instructions(_tool("nvdisasm", compiled.asm["cubin"], "-c"))
+    instructions, labels = _disassemble(_tool("nvdisasm", compiled.asm["cubin"], "-c"))
     loads = [i for i in instructions if i.name.startswith("LDG")]
-    wide = [i for i in loads if _is_wide(i)]
+    wide = [i for i in loads if i.is_wide_load]
+    ratio = None
+    if wide and variant.streams:
+        loop = _streaming_loop(instructions, labels)
+        item = variant.constants["DTYPE"].primitive_bitwidth // 8
+        elements = sum(i.is_wide_load for i in loop) * 16 // item / variant.streams
+        ratio = round(len(loop) / elements, 1)
     return {
-        "registers": int(figures["REG"]),
-        "spill_bytes": int(figures["STACK"]) + int(figures["LOCAL"]),
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        # Not the stack size: a call of the 64-bit division takes a stack frame without spilling anything.
+        "spills": sum(i.name.startswith(("STL", "LDL")) for i in instructions),
         "wide_loads": len(wide),
         "other_loads": len(loads) - len(wide),
-        "instructions_per_element": _per_element(variant, instructions),
+        "instructions_per_element": ratio,
     }
-
-
-def _per_element(variant: Variant, instructions: list[Instruction]) -> float | None:
-    if not variant.elements:
-        return None
-    item = variant.constants["DTYPE"].primitive_bitwidth // 8
-    best = None
-    for region in _wide_regions(instructions):
-        elements = sum(map(_is_wide, region)) * 16 // item
-        ratio = len(region) / elements
-        best = ratio if best is None else min(best, ratio)
-    return best and round(best, 1)
 
 
 def _amd(compiled: triton.compiler.CompiledKernel) -> dict:
@@ -149,7 +153,7 @@ def _amd(compiled: triton.compiler.CompiledKernel) -> dict:
     wide = [name for name in loads if name.endswith("dwordx4")]
     return {
         "registers": figure("vgpr_count"),
-        "spill_bytes": 4 * figure("vgpr_spill_count") + 4 * figure("sgpr_spill_count"),
+        "spills": figure("vgpr_spill_count"),
         "wide_loads": len(wide),
         "other_loads": len(loads) - len(wide),
         "instructions_per_element": None,
@@ -161,9 +165,9 @@ def inspect(variant: Variant, target: str) -> Report:
     compiled = compile_variant(variant, TARGETS[target])
     figures = _amd(compiled) if TARGETS[target].backend == "hip" else _nvidia(variant, compiled)
     problems = []
-    if figures["spill_bytes"]:
+    if figures["spills"]:
         problems.append("spills")
-    if target == GATED and variant.elements and variant.wide_loads and not figures["wide_loads"]:
+    if target == GATED and variant.streams and not figures["wide_loads"]:
         problems.append("no 128-bit loads")
     return Report(
         kernel=variant.kernel.__name__,
@@ -186,15 +190,17 @@ def _variants_once() -> list[Variant]:
 
 def table(reports: list[Report]) -> str:
     """Return the reports as aligned text."""
-    head = ("kernel", "variant", "target", "regs", "spill B", "shared B", "128-bit", "other", "SASS/el", "")
+    head = ("kernel", "variant", "target", "regs", "spills", "shared B", "128-bit", "other", "SASS/el", "")
     lines = [head]
     for r in reports:
         ratio = "" if r.instructions_per_element is None else f"{r.instructions_per_element:.1f}"
-        numbers = (r.registers, r.spill_bytes, r.shared_bytes, r.wide_loads, r.other_loads)
+        numbers = (r.registers, r.spills, r.shared_bytes, r.wide_loads, r.other_loads)
         lines.append((r.kernel, r.variant, r.target, *map(str, numbers), ratio, ", ".join(r.problems)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
 

@@ -206,6 +206,8 @@ def test_wrong_kinds_are_named(bad):
 def test_wrong_constants_are_named():
     with pytest.raises(ValueError, match=r"layer_moments: r must"):
         wcr_fast.layer_moments([torch.ones(3)], r=-1.0)
+    with pytest.raises(ValueError, match=r"0 or at least 1e-30"):
+        wcr_fast.layer_moments([torch.ones(3)], r=1e-40)
     with pytest.raises(ValueError, match=r"eps must"):
         wcr_fast.concentration_penalty([torch.ones(3)], eps=float("nan"))
 

@@ -2,6 +2,15 @@
 
 from wcr_fast.backend import backend
 from wcr_fast.ops.moments import concentration_penalty, layer_moments
+from wcr_fast.pruning import (
+    PruneRecord,
+    PruningCurve,
+    magnitude_masks,
+    magnitude_threshold,
+    prune_,
+    pruning_curve,
+    recalibrate_batchnorm,
+)
 from wcr_fast.regularizers import (
     L1,
     WCR,
@@ -18,9 +27,16 @@ __all__ = [
     "WCR",
     "HoyerSquare",
     "LogConcentration",
+    "PruneRecord",
+    "PruningCurve",
     "Regularizer",
     "RelativeConcentration",
     "backend",
     "concentration_penalty",
     "layer_moments",
+    "magnitude_masks",
+    "magnitude_threshold",
+    "prune_",
+    "pruning_curve",
+    "recalibrate_batchnorm",
 ]

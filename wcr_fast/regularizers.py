@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wcr_fast.attach import AttachHandle, attach
-from wcr_fast.ops.moments import check_constant, moments_of, path_for, result_dtype
+from wcr_fast.ops.moments import check_constant, check_smoothing, moments_of, path_for, result_dtype
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
 
 
@@ -40,7 +40,7 @@ class Regularizer:
         lam: strength, a float or a 0-d tensor (read on the device, without a sync); may be set between steps.
             A float 0 launches nothing.
         eps: the formula's small constant, >= 0.
-        r: smoothing of the magnitudes, >= 0; 0 means |w|.
+        r: smoothing of the magnitudes, 0 or at least 1e-30; 0 means |w|.
         exclude: glob patterns over parameter or module names, ``"re:..."``, module types, or functions of
             (name, parameter).
 
@@ -65,7 +65,7 @@ class Regularizer:
     ) -> None:
         name = type(self).__name__
         self.eps = check_constant(name, "eps", eps)
-        self.r = check_constant(name, "r", self.default_r if r is None else r)
+        self.r = check_smoothing(name, self.default_r if r is None else r)
         self.lam = self.default_lam if lam is None else lam
         if isinstance(model, nn.Module):
             self._choice = choose(model, exclude=exclude, trainable=True)

@@ -139,6 +139,14 @@ def check_constant(op: str, name: str, value: float) -> float:
     return number
 
 
+def check_smoothing(op: str, r: float) -> float:
+    """Return r as a float: 0, or large enough that w^2 + r stays a normal float32."""
+    number = check_constant(op, "r", r)
+    if 0.0 < number < 1e-30:
+        raise ValueError(f"{op}: r must be 0 or at least 1e-30, got {r}: float32 would flush it to 0")
+    return number
+
+
 def moments_of(tensors: Sequence[Tensor], r: float) -> tuple[Tensor, Tensor]:
     """Return (mean, var) of a non-empty list of checked tensors, differentiable twice."""
     mean, var, _ = torch.ops.wcr_fast.layer_moments(list(tensors), r)
@@ -154,14 +162,14 @@ def layer_moments(weights: Weights, *, r: float = 1e-8) -> tuple[Tensor, Tensor]
         weights: a tensor, a module (its weights are chosen as for a penalty: floating point, two or more
             dimensions, not of a normalisation module, requires_grad) or an iterable of tensors: float16,
             bfloat16, float32 or float64, any shape and dense or strided layout, dtypes and devices mixed.
-        r: smoothing added under the root, >= 0; 0 gives |w| with derivative sign(w), 0 at 0.
+        r: smoothing added under the root, 0 or at least 1e-30; 0 gives |w| with derivative sign(w), 0 at 0.
 
     Returns:
         (mean, var): each [L] for L tensors in list order, float32 (float64 when any weight is), on the first
         weight's device. An empty tensor has mean 0 and variance 0. No host synchronisation on CUDA.
 
     Raises:
-        TypeError: for anything but real floating-point tensors. ValueError: for r < 0 or not finite.
+        TypeError: for anything but real floating-point tensors. ValueError: for any other r.
 
     Exactness: arithmetic in float32 (float64 for float64 weights), merged in float64; a tensor of equal
     magnitudes has variance exactly 0; repeatable bit for bit on one device.
@@ -174,7 +182,7 @@ def layer_moments(weights: Weights, *, r: float = 1e-8) -> tuple[Tensor, Tensor]
         >>> mean.item(), var.item()
         (2.0, 1.0)
     """
-    r = check_constant("layer_moments", "r", r)
+    r = check_smoothing("layer_moments", r)
     listed = as_weights(weights, op="layer_moments", trainable=True)
     if not listed:
         return torch.zeros(0), torch.zeros(0)
@@ -201,7 +209,7 @@ def concentration_penalty(weights: Weights, *, eps: float = 1e-8, r: float = 1e-
         0.5
     """
     eps = check_constant("concentration_penalty", "eps", eps)
-    r = check_constant("concentration_penalty", "r", r)
+    r = check_smoothing("concentration_penalty", r)
     listed = as_weights(weights, op="concentration_penalty", trainable=True)
     tensors = [w.param for w in listed if w.param.numel() > 0]
     if not tensors:

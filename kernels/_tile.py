@@ -1,0 +1,112 @@
+"""Jit helpers that every kernel shares: where a chunk lies, smooth magnitudes, ordered keys, rounding.
+
+A table holds one row of int64 per tensor: address, length, first chunk, position in the caller's list, then
+whatever else its kernel needs. One program works on one chunk and finds its tensor in ``block_to_tensor``.
+"""
+
+import triton
+import triton.language as tl
+
+# Fixed columns of a table row.
+ROW_ADDRESS = tl.constexpr(0)
+ROW_LENGTH = tl.constexpr(1)
+ROW_FIRST_CHUNK = tl.constexpr(2)
+ROW_POSITION = tl.constexpr(3)
+ROW_EXTRA = tl.constexpr(4)
+
+# A strided layout inside a row: number of dimensions, then sizes and strides of up to MAX_DIMS of them,
+# innermost first.
+MAX_DIMS = 8
+LAYOUT_WIDTH = 1 + 2 * MAX_DIMS
+_MAX_DIMS = tl.constexpr(MAX_DIMS)
+
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def locate(rows_ptr, block_to_tensor_ptr, WIDTH: tl.constexpr):
+    """Return this program's tensor, the pointer to its table row, and its chunk's number in the tensor."""
+    pid = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(block_to_tensor_ptr + pid).to(tl.int64)
+    row_ptr = rows_ptr + tensor * WIDTH
+    return tensor, row_ptr, pid - tl.load(row_ptr + ROW_FIRST_CHUNK)
+
+
+@triton.jit
+def is_aligned(address):
+    """Tell whether 16-byte loads may start at this address."""
+    return (address & 15) == 0
+
+
+@triton.jit
+def strided_offsets(layout_ptr, index):
+    """Return the memory offset of each logical row-major index in a layout stored in a table row."""
+    ndim = tl.load(layout_ptr)
+    offs = tl.zeros_like(index)
+    # The outermost dimension needs no division, so a contiguous tensor (one dimension) needs none at all.
+    for d in range(1, ndim):
+        size = tl.load(layout_ptr + d)
+        rest = index // size
+        offs += (index - rest * size) * tl.load(layout_ptr + _MAX_DIMS + d)
+        index = rest
+    return offs + index * tl.load(layout_ptr + _MAX_DIMS + ndim)
+
+
+@triton.jit
+def is_contiguous(layout_ptr, step):
+    """Tell whether a layout is a single dimension with this stride."""
+    return (tl.load(layout_ptr) == 1) & (tl.load(layout_ptr + _MAX_DIMS + 1) == step)
+
+
+@triton.jit
+def wide(x):
+    """Return x in the dtype of the arithmetic: float32 for the narrow dtypes, else unchanged."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """Round x to the nearest value of a storage dtype."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # The interpreter truncates where the hardware rounds to nearest even; a NaN stays as it is.
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def from_pair(high, low):
+    """Return the float64 that the host split into two float32 arguments (a kernel takes no float64)."""
+    return tl.full((), high, tl.float64) + tl.full((), low, tl.float64)
+
+
+@triton.jit
+def magnitude(w, r, SMOOTH: tl.constexpr):
+    """Return a = sqrt(w^2 + r) and s = w / a; where r is 0, a = |w| and s = sign(w)."""
+    if not SMOOTH:
+        a = tl.abs(w)
+        s = (w > 0).to(w.dtype) - (w < 0).to(w.dtype)
+    elif w.dtype == tl.float64:
+        a = tl.sqrt(tl.fma(w, w, r))
+        s = w / a
+    else:  # one special-function instruction gives both
+        v = tl.fma(w, w, r)
+        inverse = tl.rsqrt(v)
+        a = v * inverse
+        s = w * inverse
+    return a, s
+
+
+@triton.jit
+def magnitude_key(x, KEY_BITS: tl.constexpr):
+    """Return the bit pattern of |x| in the comparison dtype, an integer ordered like |x| (int32, or int64)."""
+    if KEY_BITS == 16:
+        key = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+    elif KEY_BITS == 64:
+        key = x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    elif x.dtype == tl.bfloat16:  # the upper half of the float32 pattern
+        key = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF) << 16
+    else:
+        key = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    return key

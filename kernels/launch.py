@@ -1,0 +1,97 @@
+"""Launch settings as data, and the list of compiled variants that ``benchmarks.codegen`` checks.
+
+The sizes follow from 16-byte loads: 16 KiB per block is 64 bytes in flight for each of 256 threads.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton.language as tl
+
+# Elements of one chunk (one program), for every op and dtype: one chunk map serves them all.
+CHUNK = 32768
+
+TRITON_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+# Every launch says so explicitly: the default changes between Triton versions, the results must not.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Elements loaded at a time, on the path without masks and on the general one, and warps per program.
+
+    The general path keeps a 64-bit offset per element: smaller blocks stop it from taking the registers that
+    decide how many programs share a multiprocessor.
+    """
+
+    block: int
+    warps: int
+    general: int = 0
+
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, **OPTIONS}
+
+
+# (op, bytes per element) -> settings. Rows differ only where a reason is given.
+_CONFIGS = {
+    # Twice this would fill 16 KiB, but its float32 copies spill registers.
+    ("moments", 2): LaunchConfig(4096, 8),
+    ("moments", 4): LaunchConfig(4096, 8),
+    ("moments", 8): LaunchConfig(2048, 8),
+    # Two streams are read: half a block of each keeps the same bytes in flight and the registers low.
+    ("gradient", 2): LaunchConfig(2048, 8),
+    ("gradient", 4): LaunchConfig(2048, 8),
+    ("gradient", 8): LaunchConfig(1024, 8),
+    # Twice this spills under Triton 3.6.
+    ("histogram", 2): LaunchConfig(2048, 8),
+    ("histogram", 4): LaunchConfig(4096, 8),
+    ("histogram", 8): LaunchConfig(2048, 8),
+    ("survey", 2): LaunchConfig(4096, 8),
+    ("survey", 4): LaunchConfig(4096, 8),
+    ("survey", 8): LaunchConfig(2048, 8),
+    ("mask", 2): LaunchConfig(4096, 8, 1024),
+    ("mask", 4): LaunchConfig(4096, 8, 1024),
+    ("mask", 8): LaunchConfig(2048, 8, 1024),
+    # One program per row: most rows are a few thousand elements, four warps leave fewer idle.
+    ("rows", 2): LaunchConfig(2048, 4, 512),
+    ("rows", 4): LaunchConfig(2048, 4, 512),
+    ("rows", 8): LaunchConfig(1024, 4, 512),
+    # Ranks are compared column by column in registers: small tiles keep them from spilling.
+    ("nm", 2): LaunchConfig(1024, 4),
+    ("nm", 4): LaunchConfig(1024, 4),
+    ("nm", 8): LaunchConfig(256, 4),
+}
+
+
+def config(op: str, dtype: torch.dtype) -> LaunchConfig:
+    """Return the launch settings of an op for one dtype."""
+    return _CONFIGS[op, dtype.itemsize]
+
+
+def float_pair(value: float) -> tuple[float, float]:
+    """Split a float64 into two float32 values that sum to it (48 bits): kernel arguments are float32."""
+    high = struct.unpack("f", struct.pack("f", value))[0]
+    return high, value - high
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel, as its launcher asks for it: what the code generation check compiles."""
+
+    kernel: Any
+    label: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    streams: int = 1  # arrays that the full-chunk path reads, in 128-bit loads; 0 for kernels without that path
+    options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))

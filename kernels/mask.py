@@ -1,0 +1,412 @@
+"""Apply a selection: zero what is removed in place, or write boolean masks; and n:m, which needs no selection.
+
+A weight stays when its key lies above the cut, or equals it and is among the first ``ties`` such weights in list
+order, then logical row-major order. One pass counts the equal keys of every chunk in logical order; with their
+running sum, all chunks but one need a plain comparison. The mask pass reads each element once and writes it once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import (
+    LAYOUT_WIDTH,
+    ROW_ADDRESS,
+    ROW_LENGTH,
+    ROW_POSITION,
+    is_aligned,
+    is_contiguous,
+    locate,
+    magnitude_key,
+    strided_offsets,
+)
+from .launch import CHUNK, TRITON_DTYPES, Variant, config
+
+_CHUNK = tl.constexpr(CHUNK)
+
+# Extra columns of a mask table: the number of chunks of all earlier tensors in the list, and the layout.
+_COL_ORDER = tl.constexpr(4)
+_COL_LAYOUT = tl.constexpr(5)
+_MASK_WIDTH = tl.constexpr(5 + LAYOUT_WIDTH)
+
+# Extra columns of an n:m table, whose unit is a group: distance of two elements of a group, and layout of the
+# groups' first elements; in the tensor, then in the mask.
+_COL_STEP = tl.constexpr(4)
+_COL_GROUPS = tl.constexpr(5)
+_COL_OUT_STEP = tl.constexpr(5 + LAYOUT_WIDTH)
+_COL_OUT_GROUPS = tl.constexpr(6 + LAYOUT_WIDTH)
+_NM_WIDTH = tl.constexpr(6 + 2 * LAYOUT_WIDTH)
+
+
+@triton.jit
+def _count_ties(
+    ptr,
+    layout_ptr,
+    start,
+    count,
+    cut,
+    KEY_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    lanes = tl.arange(0, BLOCK)
+    ties = tl.zeros((BLOCK,), tl.int32)
+    if FULL:
+        for i in range(_CHUNK // BLOCK):
+            key = magnitude_key(tl.load(ptr + start + i * BLOCK + lanes), KEY_BITS)
+            ties += (key == cut.to(key.dtype)).to(tl.int32)
+    else:
+        for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+            offs = i * BLOCK + lanes
+            mask = offs < count
+            key = magnitude_key(
+                tl.load(ptr + strided_offsets(layout_ptr, start + offs), mask=mask, other=0.0), KEY_BITS
+            )
+            ties += (mask & (key == cut.to(key.dtype))).to(tl.int32)
+    return tl.sum(ties)
+
+
+@triton.jit
+def _ties_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    key_ptr,
+    ties_ptr,
+    DTYPE: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    PER_LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GENERAL: tl.constexpr,
+):
+    """One program per chunk, in logical order, writes how many of its keys equal the cut to ``ties``."""
+    _, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _MASK_WIDTH)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    layout_ptr = row_ptr + _COL_LAYOUT
+    start = chunk * _CHUNK
+    count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
+    cut = tl.load(key_ptr + tl.load(row_ptr + ROW_POSITION)) if PER_LAYER else tl.load(key_ptr)
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if (count == _CHUNK) & is_aligned(address) & is_contiguous(layout_ptr, 1):
+        full_ptr = tl.multiple_of(ptr, 16)
+        ties = _count_ties(full_ptr, layout_ptr, start, count, cut, KEY_BITS, BLOCK, True)
+    else:
+        ties = _count_ties(ptr, layout_ptr, start, count, cut, KEY_BITS, GENERAL, False)
+    tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties)
+
+
+@triton.jit
+def _write(out_ptr, offs, x, stays, mask, TO_MASK: tl.constexpr):
+    if TO_MASK:
+        tl.store(out_ptr + offs, stays.to(tl.uint8), mask=mask)
+    else:
+        tl.store(out_ptr + offs, tl.where(stays, x, 0.0), mask=mask)
+
+
+@triton.jit
+def _mask_full_chunk(
+    ptr,
+    out_ptr,
+    lowest,
+    KEY_BITS: tl.constexpr,
+    TO_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lanes = tl.arange(0, BLOCK)
+    for i in range(_CHUNK // BLOCK):
+        offs = i * BLOCK + lanes
+        x = tl.load(ptr + offs)
+        key = magnitude_key(x, KEY_BITS)
+        _write(out_ptr, offs, x, key >= lowest.to(key.dtype), None, TO_MASK)
+
+
+@triton.jit
+def _mask_any_chunk(
+    ptr,
+    out_ptr,
+    layout_ptr,
+    start,
+    count,
+    cut,
+    quota,
+    KEY_BITS: tl.constexpr,
+    TO_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Apply a cut in logical order to a chunk of any layout: the first ``quota`` of the keys equal to it stay."""
+    lanes = tl.arange(0, BLOCK)
+    for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+        offs = i * BLOCK + lanes
+        mask = offs < count
+        where = strided_offsets(layout_ptr, start + offs)
+        x = tl.load(ptr + where, mask=mask, other=0.0)
+        key = magnitude_key(x, KEY_BITS)
+        equal = mask & (key == cut.to(key.dtype))
+        here = tl.sum(equal.to(tl.int32)).to(tl.int64)
+        if (quota > 0) & (quota < here):
+            stays = (key > cut.to(key.dtype)) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= quota))
+        else:
+            stays = key >= (cut + (quota < here).to(tl.int64)).to(key.dtype)
+        quota -= here
+        _write(out_ptr, (start + offs) if TO_MASK else where, x, stays, mask, TO_MASK)
+
+
+@triton.jit
+def _mask_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    out_addrs_ptr,
+    key_ptr,
+    quota_ptr,
+    ties_before_ptr,
+    any_bad_ptr,
+    DTYPE: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    PER_LAYER: tl.constexpr,
+    TO_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GENERAL: tl.constexpr,
+):
+    """One program per chunk zeroes in place what is removed (nothing if ``any_bad``), or writes to ``out_addrs``."""
+    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _MASK_WIDTH)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    layout_ptr = row_ptr + _COL_LAYOUT
+    start = chunk * _CHUNK
+    count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
+    segment = tl.load(row_ptr + ROW_POSITION) if PER_LAYER else 0
+    cut = tl.load(key_ptr + segment)
+    first_ptr = ties_before_ptr + tl.load(row_ptr + _COL_ORDER)
+    before = tl.load(first_ptr + chunk)
+    here = tl.load(first_ptr + chunk + 1) - before
+    if PER_LAYER:
+        before -= tl.load(first_ptr)
+    quota = tl.load(quota_ptr + segment) - before
+
+    ptr = address.to(tl.pointer_type(DTYPE))
+    flat = (count == _CHUNK) & is_aligned(address) & is_contiguous(layout_ptr, 1)
+    if TO_MASK:
+        out_address = tl.load(out_addrs_ptr + tensor)
+        out_ptr = out_address.to(tl.pointer_type(tl.uint8))
+        flat = flat & is_aligned(out_address)
+    else:
+        out_ptr = ptr
+    if TO_MASK or tl.load(any_bad_ptr) == 0:
+        if flat & ((quota <= 0) | (quota >= here)):
+            lowest = cut + (quota < here).to(tl.int64)
+            _mask_full_chunk(
+                tl.multiple_of(ptr, 16) + start,
+                tl.multiple_of(out_ptr, 16) + start,
+                lowest,
+                KEY_BITS,
+                TO_MASK,
+                BLOCK,
+            )
+        else:
+            _mask_any_chunk(ptr, out_ptr, layout_ptr, start, count, cut, quota, KEY_BITS, TO_MASK, GENERAL)
+
+
+@triton.jit
+def _among_largest(key, cols, N: tl.constexpr, WIDTH: tl.constexpr):
+    """Tell which keys of each group [groups, WIDTH] are among its N largest; of equal ones the earlier."""
+    rank = tl.zeros_like(cols)
+    for j in tl.static_range(WIDTH):
+        rival = tl.sum(tl.where(cols == j, key, 0), axis=1)[:, None]
+        # An earlier rival wins when it is as large, a later one only when it is larger.
+        rank += (rival >= key + (cols <= j).to(key.dtype)).to(tl.int32)
+    return rank < N
+
+
+@triton.jit
+def _nm_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    out_addrs_ptr,
+    DTYPE: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    TO_MASK: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """One program per GROUPS groups of M keeps the N largest of each, in place or as masks at ``out_addrs``."""
+    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _NM_WIDTH)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    step = tl.load(row_ptr + _COL_STEP)
+    start = chunk * GROUPS
+    count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, GROUPS)
+    ptr = address.to(tl.pointer_type(DTYPE))
+    full = (count == GROUPS) & is_aligned(address) & (step == 1) & is_contiguous(row_ptr + _COL_GROUPS, WIDTH)
+    if TO_MASK:
+        out_address = tl.load(out_addrs_ptr + tensor)
+        out_ptr = out_address.to(tl.pointer_type(tl.uint8))
+        out_step = tl.load(row_ptr + _COL_OUT_STEP)
+        out_groups_ptr = row_ptr + _COL_OUT_GROUPS
+        full = full & is_aligned(out_address) & (out_step == 1) & is_contiguous(out_groups_ptr, WIDTH)
+    else:
+        out_ptr = ptr
+        out_step = step
+        out_groups_ptr = row_ptr + _COL_GROUPS
+    TILE: tl.constexpr = BLOCK // WIDTH
+    cols = tl.broadcast_to(tl.arange(0, WIDTH)[None, :], (TILE, WIDTH))
+    if full & (M == WIDTH):
+        lanes = tl.arange(0, BLOCK)
+        full_ptr = tl.multiple_of(ptr, 16) + start * WIDTH
+        full_out_ptr = tl.multiple_of(out_ptr, 16) + start * WIDTH
+        for i in range(GROUPS // TILE):
+            x = tl.load(full_ptr + i * BLOCK + lanes)
+            key = tl.reshape(magnitude_key(x, KEY_BITS), (TILE, WIDTH))
+            stays = tl.reshape(_among_largest(key, cols, N, WIDTH), (BLOCK,))
+            _write(full_out_ptr, i * BLOCK + lanes, x, stays, None, TO_MASK)
+    else:
+        for i in range(tl.cdiv(count, TILE).to(tl.int32)):
+            index = i * TILE + tl.arange(0, TILE)
+            mask = (index < count)[:, None] & (cols < M)
+            where = strided_offsets(row_ptr + _COL_GROUPS, start + index)[:, None] + cols * step
+            x = tl.load(ptr + where, mask=mask, other=0.0)
+            key = tl.where(mask, magnitude_key(x, KEY_BITS), -1)
+            stays = _among_largest(key, cols, N, WIDTH)
+            if TO_MASK:
+                where = strided_offsets(out_groups_ptr, start + index)[:, None] + cols * out_step
+            _write(out_ptr, where, x, stays, mask, TO_MASK)
+
+
+def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool) -> dict:
+    settings = config("mask", dtype)
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "KEY_BITS": 8 * key_dtype.itemsize,
+        "PER_LAYER": per_layer,
+        "BLOCK": settings.block,
+        "GENERAL": settings.general,
+    }
+
+
+def groups_per_chunk(m: int) -> int:
+    """Return the number of n:m groups that one program handles."""
+    return CHUNK // triton.next_power_of_2(m)
+
+
+def _nm_constants(dtype: torch.dtype, n: int, m: int, to_mask: bool) -> dict:
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "KEY_BITS": 8 * dtype.itemsize,
+        "TO_MASK": to_mask,
+        "N": n,
+        "M": m,
+        "WIDTH": triton.next_power_of_2(m),
+        "BLOCK": config("nm", dtype).block,
+        "GROUPS": groups_per_chunk(m),
+    }
+
+
+def launch_ties(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    key: Tensor,
+    ties: Tensor,
+    *,
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    per_layer: bool,
+) -> None:
+    """Write to ties (int32, chunks in list order) how many keys of each chunk equal the cut, key (int64 [S])."""
+    _ties_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        key,
+        ties,
+        **_mask_constants(dtype, key_dtype, per_layer),
+        **config("mask", dtype).options(),
+    )
+
+
+def launch_mask(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    out_addrs: Tensor | None,
+    key: Tensor,
+    quota: Tensor,
+    ties_before: Tensor,
+    any_bad: Tensor,
+    *,
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    per_layer: bool,
+) -> None:
+    """Apply cuts (key and quota, int64 [S]) in place, or write bool masks to out_addrs.
+
+    ties_before: int64, for each chunk in list order the ties in all earlier chunks, and the total at the end.
+    any_bad: uint8, 0-d; nothing is written in place where it is set.
+    """
+    _mask_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        rows if out_addrs is None else out_addrs,
+        key,
+        quota,
+        ties_before,
+        any_bad,
+        TO_MASK=out_addrs is not None,
+        **_mask_constants(dtype, key_dtype, per_layer),
+        **config("mask", dtype).options(),
+    )
+
+
+def launch_nm(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    out_addrs: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    n: int,
+    m: int,
+) -> None:
+    """Keep the n largest of each group of m (m <= 16): in place, or as bool masks at out_addrs."""
+    _nm_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        rows if out_addrs is None else out_addrs,
+        **_nm_constants(dtype, n, m, out_addrs is not None),
+        **config("nm", dtype).options(),
+    )
+
+
+def variants() -> list[Variant]:
+    """Return the forms of this module's kernels that the code generation check compiles."""
+    tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
+    ties = {**tables, "key_ptr": "*i64", "ties_ptr": "*i32"}
+    mask = {**tables, "out_addrs_ptr": "*i64", "key_ptr": "*i64", "quota_ptr": "*i64"}
+    mask |= {"ties_before_ptr": "*i64", "any_bad_ptr": "*u8"}
+    nm = {**tables, "out_addrs_ptr": "*i64"}
+    pairs = [(dtype, dtype) for dtype in TRITON_DTYPES]
+    pairs += [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
+    listed = []
+    for dtype, key_dtype in pairs:
+        label = f"{dtype} as {key_dtype}".replace("torch.", "")
+        constants = _mask_constants(dtype, key_dtype, False)
+        warps = config("mask", dtype).warps
+        listed.append(Variant(_ties_kernel, label, ties, constants, warps))
+        for to_mask in (False, True):
+            listed.append(
+                Variant(
+                    _mask_kernel,
+                    f"{label} {'mask' if to_mask else 'in place'}",
+                    mask,
+                    {**constants, "TO_MASK": to_mask},
+                    warps,
+                )
+            )
+    for dtype in TRITON_DTYPES:
+        for n, m in ((2, 4), (1, 4), (2, 3), (4, 8), (8, 16)):
+            label = f"{dtype} {n}:{m}".replace("torch.", "")
+            constants = _nm_constants(dtype, n, m, False)
+            streams = int(constants["WIDTH"] == m)
+            listed.append(Variant(_nm_kernel, label, nm, constants, config("nm", dtype).warps, streams))
+        constants = _nm_constants(dtype, 2, 4, True)
+        label = f"{dtype} 2:4 mask".replace("torch.", "")
+        listed.append(Variant(_nm_kernel, label, nm, constants, config("nm", dtype).warps))
+    return listed

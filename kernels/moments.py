@@ -1,0 +1,408 @@
+"""Moments of smooth magnitudes with the coefficients of a penalty, and the penalty's gradient.
+
+With a = sqrt(w^2 + r), s = w / a and p = a of the tensor's first element, per tensor of n elements:
+
+    shift = mean(a - p)    m = p + shift    V = mean((a - p - shift)^2)
+    gradient = lam s (b + c ((a - p) - shift)),    b = (df/dm) / n,    c = 2 (df/dV) / n
+
+Moments read each element once, the gradient reads weight and gradient and writes the gradient. Each program
+reduces one chunk; the last one to finish a tensor merges its chunks in fixed order in float64, so the result
+depends on no order of execution and a tensor of equal magnitudes has V = 0 and a gradient of zero, exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import (
+    ROW_ADDRESS,
+    ROW_EXTRA,
+    ROW_LENGTH,
+    ROW_POSITION,
+    from_pair,
+    is_aligned,
+    locate,
+    magnitude,
+    narrow,
+    wide,
+)
+from .launch import CHUNK, TRITON_DTYPES, Variant, config, float_pair
+
+FAMILIES = ("wcr", "l1", "hoyer_square", "relative", "log")
+
+_CHUNK = tl.constexpr(CHUNK)
+# Partials merged at a time: the same for every dtype, so that the order of the sums is.
+_MERGE = tl.constexpr(1024)
+
+
+@triton.jit
+def _deviation(ptr, offs, count, pivot, r, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
+    """Return a - pivot, and 0 behind the end of the tensor."""
+    if MASKED:
+        w = wide(tl.load(ptr + offs, mask=offs < count, other=0.0))
+    else:
+        w = wide(tl.load(ptr + offs))
+    a, _ = magnitude(w, r, SMOOTH)
+    return tl.where(offs < count, a - pivot, 0.0) if MASKED else a - pivot
+
+
+@triton.jit
+def _chunk_moments(ptr, count, pivot, r, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Return mean and sum of squared deviations of a - pivot over one chunk, in float64."""
+    lanes = tl.arange(0, BLOCK)
+    first = _deviation(ptr, lanes, count, pivot, r, SMOOTH, MASKED)
+    # Sums about the first block's mean stay accurate where all magnitudes lie close together, far from the pivot.
+    if MASKED:
+        center = tl.sum(first) / tl.minimum(count, BLOCK).to(first.dtype)
+        total = tl.where(lanes < count, first - center, 0.0)
+        steps = tl.cdiv(count, BLOCK).to(tl.int32)
+    else:
+        center = tl.sum(first) / BLOCK
+        total = first - center
+        steps = _CHUNK // BLOCK
+    squares = total * total
+    for i in range(1, steps):
+        offs = i * BLOCK + lanes
+        d = _deviation(ptr, offs, count, pivot, r, SMOOTH, MASKED) - center
+        if MASKED:
+            d = tl.where(offs < count, d, 0.0)
+        total += d
+        squares = tl.fma(d, d, squares)
+    n = count.to(tl.float64)
+    excess = tl.sum(total).to(tl.float64)
+    return center.to(tl.float64) + excess / n, tl.sum(squares).to(tl.float64) - excess * excess / n
+
+
+@triton.jit
+def _merged(partials_ptr, first_chunk, num_chunks, numel):
+    """Return mean(a - pivot) and V of one tensor from its chunks' partials, in fixed order."""
+    n = numel.to(tl.float64)
+    lanes = tl.arange(0, _MERGE)
+    sums = tl.zeros((_MERGE,), tl.float64)
+    for base in range(0, num_chunks, _MERGE):
+        chunk = base + lanes
+        counts = tl.minimum(numel - chunk * _CHUNK, _CHUNK).to(tl.float64)
+        # Other programs wrote these: read them from the cache that all of them share.
+        means = tl.load(
+            partials_ptr + 2 * (first_chunk + chunk), mask=chunk < num_chunks, other=0.0, cache_modifier=".cg"
+        )
+        sums += tl.where(chunk < num_chunks, counts * means, 0.0)
+    shift = tl.sum(sums) / n
+    sums = tl.zeros((_MERGE,), tl.float64)
+    for base in range(0, num_chunks, _MERGE):
+        chunk = base + lanes
+        counts = tl.minimum(numel - chunk * _CHUNK, _CHUNK).to(tl.float64)
+        entry_ptr = partials_ptr + 2 * (first_chunk + chunk)
+        means = tl.load(entry_ptr, mask=chunk < num_chunks, other=0.0, cache_modifier=".cg")
+        squares = tl.load(entry_ptr + 1, mask=chunk < num_chunks, other=0.0, cache_modifier=".cg")
+        sums += tl.where(chunk < num_chunks, squares + counts * (means - shift) * (means - shift), 0.0)
+    # Rounding in a chunk's sum of squares may leave it a hair below zero; NaN must pass.
+    var = tl.sum(sums) / n
+    return shift, tl.where(var < 0.0, 0.0, var)
+
+
+@triton.jit
+def _formula(m, v, n, total, eps, FAMILY: tl.constexpr):
+    """Return f(m, V, n, N) of one family and its derivatives by m and V."""
+    if FAMILY == "wcr":
+        f = 1.0 / (v + eps)
+        by_mean, by_var = m * 0.0, -f * f
+    elif FAMILY == "l1":
+        f, by_mean, by_var = n * m, n, m * 0.0
+    elif FAMILY == "hoyer_square":
+        q = m * m + v
+        f, by_mean, by_var = n * m * m / q, 2.0 * n * m * v / (q * q), -n * m * m / (q * q)
+    else:
+        q = v + eps * m * m
+        if FAMILY == "relative":
+            f, by_mean, by_var = m * m / q, 2.0 * m * v / (q * q), -m * m / (q * q)
+        else:
+            tl.static_assert(FAMILY == "log", "unknown family")
+            share = n / total
+            f, by_mean, by_var = share * tl.log(m * m / q), 2.0 * share * v / (m * q), -share / q
+    return f, by_mean, by_var
+
+
+@triton.jit(do_not_specialize=["num_layers", "total"])
+def _moments_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    partials_ptr,
+    counters_ptr,
+    stats_ptr,
+    coef_ptr,
+    r_high,
+    r_low,
+    eps_high,
+    eps_low,
+    num_layers,
+    total,
+    DTYPE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    FAMILY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per chunk writes ``partials``; the last of a tensor writes its column of ``stats`` and ``coef``."""
+    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, ROW_EXTRA)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    numel = tl.load(row_ptr + ROW_LENGTH)
+    start = chunk * _CHUNK
+    count = tl.minimum(numel - start, _CHUNK)
+
+    weight_ptr = address.to(tl.pointer_type(DTYPE))
+    head = wide(tl.load(weight_ptr))
+    r = from_pair(r_high, r_low).to(head.dtype)
+    pivot, _ = magnitude(head, r, SMOOTH)
+    if (count == _CHUNK) & is_aligned(address):
+        full_ptr = tl.multiple_of(weight_ptr, 16) + start
+        mean, squares = _chunk_moments(full_ptr, count, pivot, r, SMOOTH, BLOCK, MASKED=False)
+    else:
+        mean, squares = _chunk_moments(weight_ptr + start, count, pivot, r, SMOOTH, BLOCK, MASKED=True)
+    pid = tl.program_id(0).to(tl.int64)
+    tl.store(partials_ptr + 2 * pid, mean)
+    tl.store(partials_ptr + 2 * pid + 1, squares)
+
+    # All of this program's writes come before its count; the last to count sees everybody's.
+    tl.debug_barrier()
+    num_chunks = tl.cdiv(numel, _CHUNK)
+    finished = tl.atomic_add(counters_ptr + tensor, 1, sem="acq_rel")
+    if finished == num_chunks - 1:
+        tl.store(counters_ptr + tensor, 0)  # ready for the next call, or the next replay of a graph
+        shift, v = _merged(partials_ptr, pid - chunk, num_chunks, numel)
+        p = pivot.to(tl.float64)
+        m = p + shift
+        column = tl.load(row_ptr + ROW_POSITION)
+        tl.store(stats_ptr + column, m)
+        tl.store(stats_ptr + num_layers + column, v)
+        tl.store(stats_ptr + 2 * num_layers + column, p)
+        tl.store(stats_ptr + 3 * num_layers + column, shift)
+        if FAMILY is not None:
+            n = numel.to(tl.float64)
+            f, by_mean, by_var = _formula(m, v, n, tl.full((), total, tl.float64), from_pair(eps_high, eps_low), FAMILY)
+            if (FAMILY != "wcr") and (FAMILY != "l1"):
+                # A tensor of zeros has no direction to be concentrated in: no value, no pull.
+                zero = (m == 0.0) & (v == 0.0)
+                f = tl.where(zero, 0.0, f)
+                by_mean = tl.where(zero, 0.0, by_mean)
+                by_var = tl.where(zero, 0.0, by_var)
+            tl.store(coef_ptr + column, f)
+            tl.store(coef_ptr + num_layers + column, by_mean)
+            tl.store(coef_ptr + 2 * num_layers + column, by_var)
+
+
+@triton.jit
+def _gradient_chunk(
+    weight_ptr,
+    grad_ptr,
+    count,
+    pivot,
+    shift,
+    b,
+    c,
+    r,
+    SMOOTH: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    lanes = tl.arange(0, BLOCK)
+    if MASKED:
+        steps = tl.cdiv(count, BLOCK).to(tl.int32)
+    else:
+        steps = _CHUNK // BLOCK
+    for i in range(steps):
+        offs = i * BLOCK + lanes
+        mask = (offs < count) if MASKED else None
+        other = 0.0 if MASKED else None
+        a, s = magnitude(wide(tl.load(weight_ptr + offs, mask=mask, other=other)), r, SMOOTH)
+        g = s * tl.fma(a - pivot - shift, c, b)
+        if ACCUMULATE:
+            g += wide(tl.load(grad_ptr + offs, mask=mask, other=other))
+        tl.store(grad_ptr + offs, narrow(g, grad_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_layers"])
+def _gradient_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    grad_addrs_ptr,
+    stats_ptr,
+    coef_ptr,
+    lam_ptr,
+    lam_high,
+    lam_low,
+    r_high,
+    r_low,
+    num_layers,
+    DTYPE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    LAM_TENSOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per chunk adds the penalty's gradient to the tensors at ``grad_addrs``, or writes it there."""
+    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, ROW_EXTRA)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    grad_address = tl.load(grad_addrs_ptr + tensor)
+    numel = tl.load(row_ptr + ROW_LENGTH)
+    column = tl.load(row_ptr + ROW_POSITION)
+    start = chunk * _CHUNK
+    count = tl.minimum(numel - start, _CHUNK)
+
+    lam = tl.load(lam_ptr).to(tl.float64) if LAM_TENSOR else from_pair(lam_high, lam_low)
+    per_element = lam / numel.to(tl.float64)
+    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+    b = (tl.load(coef_ptr + num_layers + column) * per_element).to(COMPUTE)
+    c = (2.0 * tl.load(coef_ptr + 2 * num_layers + column) * per_element).to(COMPUTE)
+    pivot = tl.load(stats_ptr + 2 * num_layers + column).to(COMPUTE)
+    shift = tl.load(stats_ptr + 3 * num_layers + column).to(COMPUTE)
+    r = from_pair(r_high, r_low).to(COMPUTE)
+
+    weight_ptr = address.to(tl.pointer_type(DTYPE))
+    grad_ptr = grad_address.to(tl.pointer_type(DTYPE))
+    if (count == _CHUNK) & is_aligned(address) & is_aligned(grad_address):
+        _gradient_chunk(
+            tl.multiple_of(weight_ptr, 16) + start,
+            tl.multiple_of(grad_ptr, 16) + start,
+            count,
+            pivot,
+            shift,
+            b,
+            c,
+            r,
+            SMOOTH,
+            ACCUMULATE,
+            BLOCK,
+            MASKED=False,
+        )
+    else:
+        _gradient_chunk(
+            weight_ptr + start,
+            grad_ptr + start,
+            count,
+            pivot,
+            shift,
+            b,
+            c,
+            r,
+            SMOOTH,
+            ACCUMULATE,
+            BLOCK,
+            MASKED=True,
+        )
+
+
+def _moments_constants(dtype: torch.dtype, smooth: bool, family: str | None) -> dict:
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "SMOOTH": smooth,
+        "FAMILY": family,
+        "BLOCK": config("moments", dtype).block,
+    }
+
+
+def _gradient_constants(dtype: torch.dtype, smooth: bool, accumulate: bool, lam_tensor: bool) -> dict:
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "SMOOTH": smooth,
+        "ACCUMULATE": accumulate,
+        "LAM_TENSOR": lam_tensor,
+        "BLOCK": config("gradient", dtype).block,
+    }
+
+
+def launch_moments(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    stats: Tensor,
+    coef: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    r: float,
+    rule: tuple[str, float] | None,
+    total: int,
+) -> None:
+    """Fill the columns of stats [4, L] (and coef [3, L] for a rule) of the tensors in a table.
+
+    partials: float64, two per chunk. counters: int32, one per tensor, zero before and after.
+    """
+    family, eps = rule if rule else (None, 0.0)
+    _moments_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        partials,
+        counters,
+        stats,
+        stats if coef is None else coef,
+        *float_pair(r),
+        *float_pair(eps),
+        stats.shape[1],
+        total,
+        **_moments_constants(dtype, r != 0, family),
+        **config("moments", dtype).options(),
+    )
+
+
+def launch_gradient(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    grad_addrs: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    lam: float | Tensor,
+    *,
+    dtype: torch.dtype,
+    r: float,
+    accumulate: bool,
+) -> None:
+    """Add lam times the penalty's gradient to the tensors at grad_addrs (int64, one per table row), or write it."""
+    lam_tensor = isinstance(lam, Tensor)
+    _gradient_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        grad_addrs,
+        stats,
+        coef,
+        lam if lam_tensor else stats,
+        *float_pair(0.0 if lam_tensor else lam),
+        *float_pair(r),
+        stats.shape[1],
+        **_gradient_constants(dtype, r != 0, accumulate, lam_tensor),
+        **config("gradient", dtype).options(),
+    )
+
+
+def variants() -> list[Variant]:
+    """Return the forms of this module's kernels that the code generation check compiles."""
+    tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
+    pairs = ("r_high", "r_low")
+    listed = []
+    for dtype in TRITON_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        signature = {**tables, "partials_ptr": "*fp64", "counters_ptr": "*i32", "stats_ptr": "*fp64"}
+        signature |= {"coef_ptr": "*fp64", **dict.fromkeys((*pairs, "eps_high", "eps_low"), "fp32")}
+        signature |= {"num_layers": "i32", "total": "i64"}
+        families = FAMILIES if dtype == torch.float32 else ("wcr",)
+        forms = [(True, family) for family in (*families, None)] + [(False, "l1")]
+        for smooth, family in forms:
+            label = f"{name} {family or 'stats'} {'smooth' if smooth else 'r=0'}"
+            constants = _moments_constants(dtype, smooth, family)
+            listed.append(Variant(_moments_kernel, label, signature, constants, config("moments", dtype).warps))
+        signature = {**tables, "grad_addrs_ptr": "*i64", "stats_ptr": "*fp64", "coef_ptr": "*fp64"}
+        signature |= {"lam_ptr": "*fp32", "lam_high": "fp32", "lam_low": "fp32"}
+        signature |= {**dict.fromkeys(pairs, "fp32"), "num_layers": "i32"}
+        for smooth, accumulate, lam_tensor in (
+            (True, True, False),
+            (False, True, True),
+            (True, False, False),
+        ):
+            label = f"{name} {'add' if accumulate else 'write'} {'smooth' if smooth else 'r=0, lam tensor'}"
+            constants = _gradient_constants(dtype, smooth, accumulate, lam_tensor)
+            warps, streams = config("gradient", dtype).warps, 2 if accumulate else 1
+            listed.append(Variant(_gradient_kernel, label, signature, constants, warps, streams))
+    return listed

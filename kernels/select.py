@@ -1,0 +1,459 @@
+"""Exact selection: where a list of tensors is cut so that a given number of weights stays.
+
+A weight's key is its bit pattern with the sign cleared, an integer ordered like its magnitude. The cut is found
+from the top in digits of 8 bits: count the next digit among the keys that share the digits found so far, pick
+the digit that holds the wanted rank, go on. Every pass reads each element once, however many cuts are asked for;
+counts are integers, so no order of execution shows in the result, and nothing waits for the host.
+
+A row of a matrix is small enough for one program to do all of this, the ties and the writing included.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import (
+    LAYOUT_WIDTH,
+    ROW_ADDRESS,
+    ROW_EXTRA,
+    ROW_LENGTH,
+    ROW_POSITION,
+    is_aligned,
+    is_contiguous,
+    locate,
+    magnitude_key,
+    strided_offsets,
+)
+from .launch import CHUNK, OPTIONS, TRITON_DTYPES, Variant, config
+
+DIGIT_BITS = 8
+_BINS = tl.constexpr(1 << DIGIT_BITS)
+_CHUNK = tl.constexpr(CHUNK)
+# Cuts refined by one program.
+_REFINE_ROWS = 8
+
+INF_KEYS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
+INF_KEYS[torch.float64] = 0x7FF0000000000000
+
+
+@triton.jit
+def _count_chunk(
+    ptr,
+    count,
+    prefix,
+    hist_ptr,
+    shift,
+    KEY_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the digits of one chunk's keys that begin with ``prefix`` to a histogram; return the largest key."""
+    lanes = tl.arange(0, BLOCK)
+    bins = tl.arange(0, _BINS)
+    counts = tl.zeros((_BINS,), tl.int32)
+    largest = tl.zeros((), tl.int64)
+    if MASKED:
+        steps = tl.cdiv(count, BLOCK).to(tl.int32)
+    else:
+        steps = _CHUNK // BLOCK
+    for i in range(steps):
+        offs = i * BLOCK + lanes
+        if MASKED:
+            key = magnitude_key(tl.load(ptr + offs, mask=offs < count, other=0.0), KEY_BITS)
+        else:
+            key = magnitude_key(tl.load(ptr + offs), KEY_BITS)
+        digits = key >> shift
+        shares = (digits >> 8) == prefix.to(key.dtype)
+        if MASKED:
+            shares = shares & (offs < count)
+        counts += tl.histogram((digits & 0xFF).to(tl.int32), _BINS, mask=shares)
+        largest = tl.maximum(largest, tl.max(key).to(tl.int64))
+    # One flush per chunk: all programs add to the same few bins.
+    tl.atomic_add(hist_ptr + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+    return largest
+
+
+@triton.jit(do_not_specialize=["num_queries", "shift"])
+def _histogram_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    prefix_ptr,
+    hist_ptr,
+    bad_ptr,
+    num_queries,
+    shift,
+    DTYPE: tl.constexpr,
+    INF: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    PER_LAYER: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per chunk adds its counts of one digit to ``hist``; the first pass marks NaN in ``bad``."""
+    _, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, ROW_EXTRA)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    position = tl.load(row_ptr + ROW_POSITION)
+    start = chunk * _CHUNK
+    count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
+    if PER_LAYER:
+        prefix_ptr += position * num_queries
+        hist_ptr += position * num_queries * _BINS
+    # No digit is known in the first pass, so one histogram serves all cuts. Later ones read the chunk once per
+    # cut, but from memory only once: it stays in cache.
+    num_hists = 1 if FIRST else num_queries
+
+    weight_ptr = address.to(tl.pointer_type(DTYPE))
+    largest = tl.zeros((), tl.int64)
+    if (count == _CHUNK) & is_aligned(address):
+        full_ptr = tl.multiple_of(weight_ptr, 16) + start
+        for q in range(num_hists):
+            prefix = tl.load(prefix_ptr + q)
+            largest = _count_chunk(full_ptr, count, prefix, hist_ptr + q * _BINS, shift, KEY_BITS, BLOCK, False)
+    else:
+        for q in range(num_hists):
+            prefix = tl.load(prefix_ptr + q)
+            part_ptr = weight_ptr + start
+            largest = _count_chunk(part_ptr, count, prefix, hist_ptr + q * _BINS, shift, KEY_BITS, BLOCK, True)
+    if FIRST:
+        tl.store(bad_ptr + position, 1, mask=largest > INF)
+
+
+@triton.jit
+def _pick_digit(counts, remaining):
+    """Return the digit of the element with rank ``remaining`` from the top, for each row of counts [rows, bins]."""
+    bins = tl.arange(0, _BINS)[None, :]
+    from_top = tl.sum(counts, axis=1)[:, None] - tl.cumsum(counts, axis=1) + counts
+    return tl.max(tl.where(from_top >= remaining[:, None], bins, 0), axis=1)
+
+
+@triton.jit(do_not_specialize=["num_cuts", "num_queries"])
+def _refine_kernel(hist_ptr, prefix_ptr, remaining_ptr, num_cuts, num_queries, FIRST: tl.constexpr, ROWS: tl.constexpr):
+    """One program per few cuts appends the next digit to ``prefix`` and updates the rank in ``remaining``."""
+    cut = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    mask = cut < num_cuts
+    bins = tl.arange(0, _BINS)[None, :]
+    # No digit is known in the first pass, so the cuts of a segment share its first histogram.
+    source = cut // num_queries * num_queries if FIRST else cut
+    counts = tl.load(hist_ptr + source[:, None] * _BINS + bins, mask=mask[:, None], other=0)
+    remaining = tl.load(remaining_ptr + cut, mask=mask, other=0)
+    digit = _pick_digit(counts, remaining)
+    above = tl.sum(tl.where(bins > digit[:, None], counts, 0), axis=1)
+    prefix = tl.load(prefix_ptr + cut, mask=mask, other=0)
+    tl.store(prefix_ptr + cut, (prefix << 8) | digit.to(tl.int64), mask=mask)
+    tl.store(remaining_ptr + cut, remaining - above, mask=mask)
+
+
+@triton.jit
+def _count_zeros(ptr, count, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Return how many elements of a chunk are zero, and its largest key."""
+    lanes = tl.arange(0, BLOCK)
+    zeros = tl.zeros((BLOCK,), tl.int32)
+    largest = tl.zeros((), tl.int64)
+    if MASKED:
+        steps = tl.cdiv(count, BLOCK).to(tl.int32)
+    else:
+        steps = _CHUNK // BLOCK
+    for i in range(steps):
+        offs = i * BLOCK + lanes
+        if MASKED:
+            key = magnitude_key(tl.load(ptr + offs, mask=offs < count, other=1.0), KEY_BITS)
+        else:
+            key = magnitude_key(tl.load(ptr + offs), KEY_BITS)
+        zeros += (key == 0).to(tl.int32)
+        largest = tl.maximum(largest, tl.max(key).to(tl.int64))
+    return tl.sum(zeros), largest
+
+
+@triton.jit
+def _survey_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    zeros_ptr,
+    bad_ptr,
+    DTYPE: tl.constexpr,
+    INF: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per chunk adds its number of zeros to ``zeros`` and marks NaN in ``bad``."""
+    _, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, ROW_EXTRA)
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    position = tl.load(row_ptr + ROW_POSITION)
+    start = chunk * _CHUNK
+    count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if (count == _CHUNK) & is_aligned(address):
+        full_ptr = tl.multiple_of(ptr, 16) + start
+        zeros, largest = _count_zeros(full_ptr, count, KEY_BITS, BLOCK, False)
+    else:
+        zeros, largest = _count_zeros(ptr + start, count, KEY_BITS, BLOCK, True)
+    tl.atomic_add(zeros_ptr + position, zeros.to(tl.int64), sem="relaxed")
+    tl.store(bad_ptr + position, 1, mask=largest > INF)
+
+
+# Extra columns of a row table: elements per row, how many stay, distance of two rows and layout of one, in the
+# tensor and in the mask.
+_COL_LENGTH = tl.constexpr(4)
+_COL_KEEP = tl.constexpr(5)
+_COL_STRIDE = tl.constexpr(6)
+_COL_LAYOUT = tl.constexpr(7)
+_COL_OUT_STRIDE = tl.constexpr(7 + LAYOUT_WIDTH)
+_COL_OUT_LAYOUT = tl.constexpr(8 + LAYOUT_WIDTH)
+ROWS_WIDTH = 8 + 2 * LAYOUT_WIDTH
+_ROWS_WIDTH = tl.constexpr(ROWS_WIDTH)
+
+
+@triton.jit
+def _row_keys(ptr, layout_ptr, offs, n, KEY_BITS: tl.constexpr, FLAT: tl.constexpr):
+    """Return the elements and keys of one block of a row; behind its end the keys are -1."""
+    mask = offs < n
+    if FLAT:
+        x = tl.load(ptr + offs, mask=mask, other=0.0)
+    else:
+        x = tl.load(ptr + strided_offsets(layout_ptr, offs.to(tl.int64)), mask=mask, other=0.0)
+    key = magnitude_key(x, KEY_BITS)
+    return x, tl.where(mask, key, -1)
+
+
+@triton.jit
+def _cut_row(
+    ptr,
+    out_ptr,
+    layout_ptr,
+    out_layout_ptr,
+    n,
+    keep,
+    INF: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    TO_MASK: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Find one row's cut and apply it, unless the row holds NaN; return the row's largest key."""
+    lanes = tl.arange(0, BLOCK)
+    bins = tl.arange(0, _BINS)
+    KEY: tl.constexpr = tl.int64 if KEY_BITS == 64 else tl.int32
+    prefix = tl.zeros((), KEY)
+    remaining = keep.to(tl.int32)
+    largest = tl.zeros((), KEY)
+    for digits_left in range(KEY_BITS // 8, 0, -1):
+        shift = 8 * (digits_left - 1)
+        counts = tl.zeros((_BINS,), tl.int32)
+        for start in range(0, n, BLOCK):
+            _, key = _row_keys(ptr, layout_ptr, start + lanes, n, KEY_BITS, FLAT)
+            shares = (key >= 0) & (((key >> shift) >> 8) == prefix)
+            counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), _BINS, mask=shares)
+            if digits_left == KEY_BITS // 8:
+                largest = tl.maximum(largest, tl.max(key))
+        from_top = tl.sum(counts) - tl.cumsum(counts, axis=0) + counts
+        digit = tl.max(tl.where(from_top >= remaining, bins, 0))
+        remaining -= tl.sum(tl.where(bins > digit, counts, 0))
+        prefix = (prefix << 8) | digit.to(KEY)
+    cut = tl.where(keep == 0, INF + 1, prefix).to(KEY)
+    if TO_MASK or largest <= INF:
+        before = tl.zeros((), tl.int32)
+        for start in range(0, n, BLOCK):
+            offs = start + lanes
+            x, key = _row_keys(ptr, layout_ptr, offs, n, KEY_BITS, FLAT)
+            ties = (key == cut).to(tl.int32)
+            here = tl.sum(ties)
+            if (before < remaining) & (before + here > remaining):
+                stays = (key > cut) | ((key == cut) & (before + tl.cumsum(ties, axis=0) <= remaining))
+            else:
+                stays = key >= cut + (before + here > remaining).to(KEY)
+            before += here
+            if FLAT:
+                where = offs.to(tl.int64)
+            else:
+                where = strided_offsets(out_layout_ptr, offs.to(tl.int64))
+            if TO_MASK:
+                tl.store(out_ptr + where, stays.to(tl.uint8), mask=offs < n)
+            else:
+                tl.store(out_ptr + where, tl.where(stays, x, 0.0), mask=offs < n)
+    return largest
+
+
+@triton.jit
+def _rows_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    out_addrs_ptr,
+    bad_ptr,
+    DTYPE: tl.constexpr,
+    INF: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    TO_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GENERAL: tl.constexpr,
+):
+    """One program per row zeroes in place what its row loses, or writes the row's mask to ``out_addrs``."""
+    tensor, row_ptr, row = locate(rows_ptr, block_to_tensor_ptr, _ROWS_WIDTH)
+    n = tl.load(row_ptr + _COL_LENGTH)
+    keep = tl.load(row_ptr + _COL_KEEP)
+    layout_ptr = row_ptr + _COL_LAYOUT
+    address = tl.load(row_ptr + ROW_ADDRESS)
+    ITEM: tl.constexpr = DTYPE.primitive_bitwidth // 8
+    address += row * tl.load(row_ptr + _COL_STRIDE) * ITEM
+    flat = is_contiguous(layout_ptr, 1) & is_aligned(address) & (n % 16 == 0)
+    ptr = address.to(tl.pointer_type(DTYPE))
+    if TO_MASK:
+        out_layout_ptr = row_ptr + _COL_OUT_LAYOUT
+        out_address = tl.load(out_addrs_ptr + tensor) + row * tl.load(row_ptr + _COL_OUT_STRIDE)
+        out_ptr = out_address.to(tl.pointer_type(tl.uint8))
+        flat = flat & is_contiguous(out_layout_ptr, 1) & is_aligned(out_address)
+    else:
+        out_layout_ptr = layout_ptr
+        out_ptr = ptr
+    if flat:
+        largest = _cut_row(
+            tl.multiple_of(ptr, 16),
+            tl.multiple_of(out_ptr, 16),
+            layout_ptr,
+            out_layout_ptr,
+            tl.multiple_of(n, 16),
+            keep,
+            INF,
+            KEY_BITS,
+            TO_MASK,
+            True,
+            BLOCK,
+        )
+    else:
+        largest = _cut_row(ptr, out_ptr, layout_ptr, out_layout_ptr, n, keep, INF, KEY_BITS, TO_MASK, False, GENERAL)
+    tl.store(bad_ptr + tl.load(row_ptr + ROW_POSITION), 1, mask=largest > INF)
+
+
+def _histogram_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, first: bool) -> dict:
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "INF": INF_KEYS[key_dtype],
+        "KEY_BITS": 8 * key_dtype.itemsize,
+        "PER_LAYER": per_layer,
+        "FIRST": first,
+        "BLOCK": config("histogram", dtype).block,
+    }
+
+
+def _survey_constants(dtype: torch.dtype) -> dict:
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "INF": INF_KEYS[dtype],
+        "KEY_BITS": 8 * dtype.itemsize,
+        "BLOCK": config("survey", dtype).block,
+    }
+
+
+def _rows_constants(dtype: torch.dtype, to_mask: bool) -> dict:
+    return {
+        "DTYPE": TRITON_DTYPES[dtype],
+        "INF": INF_KEYS[dtype],
+        "KEY_BITS": 8 * dtype.itemsize,
+        "TO_MASK": to_mask,
+        "BLOCK": config("rows", dtype).block,
+        "GENERAL": config("rows", dtype).general,
+    }
+
+
+def launch_histogram(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    prefix: Tensor,
+    hist: Tensor,
+    bad: Tensor,
+    *,
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    shift: int,
+    per_layer: bool,
+    first: bool,
+) -> None:
+    """Add the counts of one digit to hist (int64 [S, Q, 256]; the first pass fills [:, 0]) and mark NaN in bad."""
+    _histogram_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        prefix,
+        hist,
+        bad,
+        hist.shape[1],
+        shift,
+        **_histogram_constants(dtype, key_dtype, per_layer, first),
+        **config("histogram", dtype).options(),
+    )
+
+
+def launch_refine(hist: Tensor, prefix: Tensor, remaining: Tensor, *, first: bool) -> None:
+    """Append the next digit to prefix (int64 [S, Q]) and leave in remaining the rank among the keys that share it."""
+    _refine_kernel[(triton.cdiv(prefix.numel(), _REFINE_ROWS),)](
+        hist,
+        prefix,
+        remaining,
+        prefix.numel(),
+        prefix.shape[1],
+        FIRST=first,
+        ROWS=_REFINE_ROWS,
+        num_warps=4,
+        **OPTIONS,
+    )
+
+
+def launch_survey(rows: Tensor, block_to_tensor: Tensor, zeros: Tensor, bad: Tensor, *, dtype: torch.dtype) -> None:
+    """Add every tensor's zeros to zeros (int64 [L]) and mark NaN in bad (uint8 [L])."""
+    _survey_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        zeros,
+        bad,
+        **_survey_constants(dtype),
+        **config("survey", dtype).options(),
+    )
+
+
+def launch_rows(
+    rows: Tensor, block_to_tensor: Tensor, out_addrs: Tensor | None, bad: Tensor, *, dtype: torch.dtype
+) -> None:
+    """Cut every row of a row table by itself: in place, or into the bool masks at out_addrs."""
+    _rows_kernel[(block_to_tensor.numel(),)](
+        rows,
+        block_to_tensor,
+        rows if out_addrs is None else out_addrs,
+        bad,
+        **_rows_constants(dtype, out_addrs is not None),
+        **config("rows", dtype).options(),
+    )
+
+
+def variants() -> list[Variant]:
+    """Return the forms of this module's kernels that the code generation check compiles."""
+    tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
+    histogram = {**tables, "prefix_ptr": "*i64", "hist_ptr": "*i64", "bad_ptr": "*u8"}
+    histogram |= {"num_queries": "i32", "shift": "i32"}
+    pairs = [(dtype, dtype) for dtype in TRITON_DTYPES]
+    pairs += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)]
+    listed = []
+    for dtype, key_dtype in pairs:
+        for first in (True, False):
+            label = f"{dtype} as {key_dtype}, {'first' if first else 'later'} digit".replace("torch.", "")
+            constants = _histogram_constants(dtype, key_dtype, False, first)
+            warps = config("histogram", dtype).warps
+            listed.append(Variant(_histogram_kernel, label, histogram, constants, warps))
+    refine = {"hist_ptr": "*i64", "prefix_ptr": "*i64", "remaining_ptr": "*i64"}
+    refine |= {"num_cuts": "i32", "num_queries": "i32"}
+    for first in (True, False):
+        constants = {"FIRST": first, "ROWS": _REFINE_ROWS}
+        label = "first digit" if first else "later digit"
+        listed.append(Variant(_refine_kernel, label, refine, constants, 4, streams=0))
+    signature = {**tables, "zeros_ptr": "*i64", "bad_ptr": "*u8"}
+    for dtype in TRITON_DTYPES:
+        label = str(dtype).removeprefix("torch.")
+        warps = config("survey", dtype).warps
+        listed.append(Variant(_survey_kernel, label, signature, _survey_constants(dtype), warps))
+    signature = {**tables, "out_addrs_ptr": "*i64", "bad_ptr": "*u8"}
+    for dtype in TRITON_DTYPES:
+        for to_mask in (False, True):
+            label = f"{dtype} {'mask' if to_mask else 'in place'}".replace("torch.", "")
+            warps = config("rows", dtype).warps
+            listed.append(Variant(_rows_kernel, label, signature, _rows_constants(dtype, to_mask), warps))
+    return listed

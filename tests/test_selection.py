@@ -1,0 +1,246 @@
+"""Thresholds and masks against a stable sort, on both backends."""
+
+import math
+
+import numpy as np
+import pytest
+import reference_selection as ref
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import wcr_fast
+from wcr_fast.pruning.magnitude import magnitude_masks, magnitude_threshold
+from wcr_fast.torch_path import blocks, cuts, select, window
+from wcr_fast.torch_path.blocks import MemorySource
+from wcr_fast.torch_path.window import KeyBlock, window_search
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+SPARSITIES = [0.0, 0.29, 0.5, 0.9, 1.0]
+
+
+def awkward(dtype, device):
+    """Ties, zeros of both signs, infinities, subnormals and odd layouts in one list."""
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    misaligned = torch.randn(23, device=device).to(dtype)[1:]
+    return [
+        torch.randint(-2, 3, (9, 7), device=device).to(dtype),
+        torch.randn(3, 4, 2, 5, device=device).to(dtype).to(memory_format=torch.channels_last),
+        torch.randint(-3, 4, (6, 8), device=device).to(dtype).t(),
+        torch.randn(5, 12, device=device).to(dtype)[:, ::2],
+        torch.empty(0, 4, dtype=dtype, device=device),
+        torch.tensor(-1.0, dtype=dtype, device=device),
+        torch.tensor([0.0, -0.0, tiny, -tiny, math.inf, -math.inf], dtype=dtype, device=device),
+        misaligned,
+        torch.tensor([2.0], dtype=dtype, device=device).expand(3),
+    ]
+
+
+def check(weights, sparsity, scope):
+    expected = ref.masks(weights, sparsity, scope)
+    found = magnitude_masks(weights, None if ":" in scope else sparsity, scope=scope)
+    for i, (mask, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert mask.dtype == torch.bool
+        assert mask.is_contiguous()
+        assert torch.equal(mask.cpu(), wanted), (i, weights[i].shape, weights[i].dtype)
+    if scope in ("global", "layer"):
+        threshold = magnitude_threshold(weights, sparsity, scope=scope)
+        assert torch.equal(threshold.cpu().double(), ref.threshold(weights, sparsity, scope))
+    return found
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row", "2:4", "1:3"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_awkward_lists_equal_a_stable_sort(dtype, scope, backend, device):
+    weights = awkward(dtype, device)
+    for sparsity in [0.5] if ":" in scope else SPARSITIES:
+        check(weights, sparsity, scope)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_mixed_dtypes_compare_exactly(scope, backend, device):
+    weights = [torch.randint(-9, 10, (7, 9), device=device).div(3).to(dtype) for dtype in DTYPES]
+    for chosen in (weights, [weights[0], weights[2], weights[3]], [weights[2], weights[3]]):
+        for sparsity in SPARSITIES:
+            check(chosen, sparsity, scope)
+
+
+def test_magnitudes_beyond_a_smaller_dtype(backend, device):
+    weights = [torch.full((5,), 1e38), torch.full((4,), math.inf).half(), torch.full((4,), 65504.0).half()]
+    for sparsity in (0.2, 0.3, 0.5, 0.8, 0.95):
+        check([w.to(device) for w in weights], sparsity, "global")
+
+
+def test_threshold_dtypes_shapes_and_extremes(backend, device):
+    weights = [torch.tensor([3.0, -1.0], device=device), torch.tensor([0.5], device=device)]
+    assert magnitude_threshold(weights, 0.0).item() == 0.5
+    assert magnitude_threshold(weights, 1.0).item() == math.inf
+    assert magnitude_threshold(weights[0], 0.5).shape == ()
+    several = magnitude_threshold(weights, [0.9, 0.0, 0.5], scope="layer")
+    assert several.shape == (3, 2)
+    assert several.dtype == torch.float32
+    assert several.device.type == device.type
+    assert magnitude_threshold([w.half() for w in weights], [0.5, 0.1]).dtype == torch.float32
+    assert magnitude_threshold([weights[0].double(), weights[1]], 0.5).dtype == torch.float64
+    assert magnitude_threshold(weights, []).shape == (0,)
+
+
+def test_several_sparsities_are_those_one_by_one(backend, device):
+    weights = [torch.randn(40, 30, device=device), torch.randint(-2, 3, (50,), device=device).float()]
+    wanted = [0.99, 0.0, 0.5, 0.5, 1.0, 0.31]
+    for scope in ("global", "layer"):
+        together = magnitude_threshold(weights, wanted, scope=scope)
+        alone = torch.stack([magnitude_threshold(weights, s, scope=scope) for s in wanted])
+        assert torch.equal(together, alone)
+
+
+def test_empty_lists_and_empty_tensors(backend, device):
+    assert magnitude_masks([], 0.5) == []
+    assert magnitude_threshold([], 0.5).item() == math.inf
+    empty = torch.empty(0, 3, device=device)
+    assert magnitude_threshold(empty, 0.5).item() == math.inf
+    assert magnitude_masks(empty, 0.5)[0].shape == (0, 3)
+
+
+floats = st.floats(width=32, allow_nan=False)
+few = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 1e-45, -1e-45, math.inf])
+lists = st.lists(st.lists(st.one_of(few, floats), max_size=40), min_size=1, max_size=4)
+relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@relaxed
+@given(values=lists, sparsity=st.floats(0, 1), dtype=st.sampled_from(DTYPES))
+def test_any_list_keeps_the_exact_count(values, sparsity, dtype):
+    weights = [torch.tensor(v, dtype=torch.float64).to(dtype) for v in values]
+    masks = check(weights, sparsity, "global")
+    total = sum(w.numel() for w in weights)
+    assert sum(int(m.sum()) for m in masks) == total - round(sparsity * total)
+    check(weights, sparsity, "layer")
+
+
+@relaxed
+@given(values=lists, pair=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_masks_are_nested_as_sparsity_grows(values, pair):
+    weights = [torch.tensor(v) for v in values]
+    low, high = sorted(pair)
+    for more, fewer in zip(magnitude_masks(weights, low), magnitude_masks(weights, high), strict=True):
+        assert not (fewer & ~more).any()
+
+
+def data_sets():
+    n = 6000
+    binade = 1 + torch.rand(n)
+    yield "normal", torch.randn(n)
+    yield "all equal", torch.full((n,), 0.3)
+    yield "two values", torch.where(torch.rand(n) < 0.4, 0.25, -3.0)
+    yield "sorted", torch.linspace(-1, 1, n)
+    yield "one binade", binade
+    yield "mostly zeros", torch.randn(n) * (torch.rand(n) < 0.1)
+    yield "coarse", (torch.randn(n) * 4).round()
+    yield "outliers", torch.cat([torch.randn(n - 3), torch.tensor([1e30, -1e38, math.inf])])
+    yield "wide", torch.randn(n).mul(20).exp2()
+
+
+@pytest.mark.parametrize("block", [150, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_window_narrows_to_the_same_answer(dtype, block, monkeypatch):
+    """A tiny sample misses, tiny buffers overflow; the result must not change, whatever the blocks."""
+    monkeypatch.setattr(window, "SAMPLE_MIN", 64)
+    monkeypatch.setattr(window, "SAMPLE_MAX", 64)
+    monkeypatch.setattr(window, "MARGIN", 0.2)
+    monkeypatch.setattr(window, "BINS", 8)
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "SERIAL", block)
+    monkeypatch.setattr(select, "SERIAL", block)
+    with wcr_fast.backend("torch"):
+        for name, values in data_sets():
+            weights = [part.to(dtype) for part in values.view(60, 100).split([1, 9, 50])]
+            weights.append(values[:900].view(30, 30).t().to(dtype))
+            for sparsity in (0.0, 0.1, 0.5, 0.97):
+                check(weights, sparsity, "global")
+            found = magnitude_threshold(weights, [0.97, 0.1, 0.5, 0.96])
+            wanted = [ref.threshold(weights, s) for s in (0.97, 0.1, 0.5, 0.96)]
+            assert found.double().tolist() == [w.item() for w in wanted], name
+
+
+class _TwoStreams(MemorySource):
+    """The same keys, one tensor per block, dealt out to two threads."""
+
+    def streams(self, count):
+        keys = [cuts.keys_of(t.reshape(-1), self.dtype).numpy() for t in self.tensors]
+        deal = [KeyBlock([i], [0], k) for i, k in enumerate(keys) if k.size]
+        return [deal[::2], deal[1::2]]
+
+
+@pytest.mark.parametrize("capacity", [8, 1 << 16])
+def test_streams_do_not_matter(capacity, monkeypatch):
+    monkeypatch.setattr(window, "SAMPLE_MIN", capacity)
+    weights = [torch.randn(n) for n in (3000, 0, 17, 5000, 1)]
+    one, two = (window_search(source(weights), [800, 1, 8018]) for source in (MemorySource, _TwoStreams))
+    for a, b in zip(one, two, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_usual_weights_take_one_sweep(monkeypatch):
+    """The window of random weights of very different scales holds the cut."""
+    weights = [torch.randn(400, 500) * scale for scale in (1.0, 0.1, 0.01)]
+    sweeps = []
+    original = window._Search.sweep
+    monkeypatch.setattr(window._Search, "sweep", lambda self: (sweeps.append(1), original(self)))
+    window_search(MemorySource(weights), [60_000])
+    assert len(sweeps) == 1
+
+
+def test_nan_is_an_error_that_names_the_position(device):
+    weights = [torch.ones(3), torch.tensor([1.0, math.nan]), torch.ones(2)]
+    for scope in ("global", "layer"):
+        with pytest.raises(ValueError, match=r"magnitude_threshold: weights\[1\] holds NaN"):
+            magnitude_threshold(weights, 0.5, scope=scope)
+    for sparsity, scope in [(0.5, "global"), (0.0, "layer"), (0.5, "row"), (None, "2:4")]:
+        with pytest.raises(ValueError, match=r"magnitude_masks: weights\[1\] holds NaN"):
+            magnitude_masks(weights, sparsity, scope=scope)
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.1, math.nan, [0.5, 2.0]])
+def test_sparsity_must_lie_in_the_unit_interval(sparsity):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        magnitude_threshold(torch.ones(3), sparsity)
+
+
+def test_wrong_arguments():
+    ones = torch.ones(4, 4)
+    for sparsity in (None, "0.5", True):
+        with pytest.raises(TypeError, match="sparsity must be a number"):
+            magnitude_masks(ones, sparsity)
+    for scope in ("tensor", "2:0", "3:2", "0:4", "-1:4", 3):
+        with pytest.raises(ValueError, match="scope"):
+            magnitude_masks(ones, None, scope=scope)
+    with pytest.raises(ValueError, match="sparsity must be None"):
+        magnitude_masks(ones, 0.5, scope="2:4")
+    with pytest.raises(ValueError, match='"global" or "layer"'):
+        magnitude_threshold(ones, 0.5, scope="row")
+    for wrong in (torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="float16, bfloat16"):
+            magnitude_masks([wrong], 0.5)
+
+
+def test_ops_pass_opcheck(backend, device):
+    weights = [torch.randn(6, 5, device=device), torch.randn(7, device=device)]
+    for scope in ("global", "layer"):
+        torch.library.opcheck(torch.ops.wcr_fast.magnitude_threshold, (weights, [0.5, 0.9], scope))
+    for scope in ("global", "row", "2:4"):
+        torch.library.opcheck(torch.ops.wcr_fast.magnitude_masks, (weights, 0.5, scope))
+
+
+def test_compiles_into_one_graph():
+    weights = [torch.randn(6, 5), torch.randn(7, 4)]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def pruned(weights):
+        masks = magnitude_masks(weights, 0.5)
+        return [w * m for w, m in zip(weights, masks, strict=True)], magnitude_threshold(weights, [0.5, 0.9])
+
+    kept, threshold = pruned(weights)
+    for found, wanted in zip(kept, ref.prune(weights, ref.masks(weights, 0.5)), strict=True):
+        assert torch.equal(found, wanted)
+    assert torch.equal(threshold, magnitude_threshold(weights, [0.5, 0.9]))

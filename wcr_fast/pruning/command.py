@@ -1,0 +1,104 @@
+"""``wcr-fast prune``: prune a safetensors file or a Hugging Face folder as a stream."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from wcr_fast.pruning.checkpoint import prune_checkpoint
+
+BAR = 24
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``wcr-fast prune``."""
+    parser.add_argument("source", metavar="IN", type=Path, help="a .safetensors file or a Hugging Face folder")
+    parser.add_argument(
+        "target", metavar="OUT", type=Path, nargs="?", help="what to write (may be left out with --dry-run)"
+    )
+    parser.add_argument(
+        "--sparsity", type=float, help="share of the weights to remove, in [0, 1]; not with an n:m scope"
+    )
+    parser.add_argument(
+        "--scope", default="global", help="global (default), layer, row, or n:m such as 2:4 (n kept of m)"
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help='tensors or modules to leave as they are: globs, or "re:..." for regular expressions',
+    )
+    parser.add_argument("--dry-run", action="store_true", help="find the cut and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace an existing OUT; OUT may be IN")
+    parser.add_argument("--json", action="store_true", help="print the record as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prune, and print the record."""
+    begin = time.perf_counter()
+    with ProgressLine(sys.stderr) as line:
+        record = prune_checkpoint(
+            args.source,
+            args.target,
+            args.sparsity,
+            scope=args.scope,
+            exclude=args.exclude,
+            dry_run=args.dry_run,
+            force=args.force,
+            progress=line.show,
+        )
+    seconds = time.perf_counter() - begin
+    if args.json:
+        version = importlib.metadata.version("wcr-fast")
+        head = {"schema": "wcr-fast/prune/1", "version": version, "seconds": round(seconds, 3)}
+        print(json.dumps(head | record.to_dict(), indent=2))
+    else:
+        print(record)
+    return 0
+
+
+class ProgressLine:
+    """A bar on a terminal; elsewhere one line every 10 %, and none for work of less than two seconds."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.terminal = stream, stream.isatty()
+        self.begin = time.monotonic()
+        self.shown_at, self.shown_tenth = self.begin, 0
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.terminal:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+
+    def show(self, done: int, total: int) -> None:
+        """Tell how far the work is; called for every block, so it returns at once where nothing is due."""
+        now = time.monotonic()
+        if self.terminal:
+            if now - self.shown_at < 0.1:
+                return
+            self.stream.write(f"\r{self._text(done, total, now)}\x1b[K")
+        else:
+            tenth = 10 * done // max(total, 1)
+            if tenth <= self.shown_tenth or now - self.begin < 2:
+                return
+            self.shown_tenth = tenth
+            self.stream.write(f"{self._text(done, total, now)}\n")
+        self.shown_at = now
+        self.stream.flush()
+
+    def _text(self, done: int, total: int, now: float) -> str:
+        share = done / max(total, 1)
+        rate = done / max(now - self.begin, 1e-9)
+        left = (total - done) / max(rate, 1)
+        bar = f"[{'#' * int(BAR * share):<{BAR}}] " if self.terminal else ""
+        return f"prune {bar}{share:4.0%}  {rate / 1e9:.2f} GB/s  {left:.0f} s left"

@@ -1,0 +1,83 @@
+"""Thresholds and masks by magnitude: exact counts, ties by order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from wcr_fast.ops import select
+from wcr_fast.weights import Weights, as_weights
+
+
+def magnitude_threshold(weights: Weights, sparsity: float | Sequence[float], *, scope: str = "global") -> Tensor:
+    """Return the smallest magnitude that stays at a sparsity.
+
+    Of N weights the N - round(sparsity * N) largest stay. With ties ``abs(w) >= threshold`` keeps too many: use
+    :func:`magnitude_masks` for masks.
+
+    Args:
+        weights: a tensor, a module (its weights with two or more dimensions, without normalisation), or
+            tensors; float16, bfloat16, float32 or float64, mixed as you like, any layout.
+        sparsity: the fraction removed, in [0, 1]; for a sequence of Q the result has a leading dimension Q, from
+            one scan of the weights.
+        scope: ``"global"`` for one pool, ``"layer"`` for each tensor by itself.
+
+    Returns:
+        Threshold, 0-d or [L] ([Q] or [Q, L]), float32 (float64 when any weight is), on the first weight's
+        device; inf where nothing is kept. NaN on CUDA when a weight is NaN: nothing waits for the device there.
+
+    Raises:
+        TypeError: for anything but real floating-point weights. ValueError: for a sparsity outside [0, 1], an
+            unknown scope, and on the CPU for NaN, naming its position.
+
+    Example:
+        >>> import torch, wcr_fast
+        >>> wcr_fast.magnitude_threshold([torch.tensor([1.0, -3.0]), torch.tensor([2.0, 0.5])], 0.5)
+        tensor(2.)
+    """
+    op = "magnitude_threshold"
+    if scope not in ("global", "layer"):
+        raise ValueError(f'{op}: scope must be "global" or "layer", got {scope!r}; magnitude_masks knows more')
+    many = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
+    sparsities = [select.check_sparsity(s, op) for s in (sparsity if many else [sparsity])]
+    tensors = [w.param for w in as_weights(weights, op=op)]
+    if torch.compiler.is_compiling():
+        found = torch.ops.wcr_fast.magnitude_threshold(tensors, sparsities, scope)
+    else:
+        found = select.threshold(tensors, sparsities, scope)
+    return found if many else found.squeeze(0)
+
+
+def magnitude_masks(weights: Weights, sparsity: float | None, *, scope: str = "global") -> list[Tensor]:
+    """Return masks of the weights that stay (True = kept).
+
+    Of N weights the N - round(sparsity * N) largest stay, exactly. Of equal magnitudes those first in list
+    order, then in logical row-major order stay, as in a stable descending sort, whatever the memory format.
+
+    Args:
+        weights: as for :func:`magnitude_threshold`.
+        sparsity: the fraction removed, in [0, 1]; None for the n:m scopes.
+        scope: ``"global"``, ``"layer"``, ``"row"`` (each output by itself), or ``"n:m"`` such as ``"2:4"``: n
+            kept of each m consecutive weights along the input dimension; a shorter rest stays dense.
+
+    Returns:
+        One contiguous bool tensor per weight, with its shape and on its device; no sync on CUDA.
+
+    Raises:
+        TypeError, ValueError: as :func:`magnitude_threshold`. On CUDA the masks of weights with NaN mean nothing.
+
+    Example:
+        >>> import torch, wcr_fast
+        >>> wcr_fast.magnitude_masks(torch.tensor([[1.0, -3.0, 2.0, 0.5]]), None, scope="2:4")
+        [tensor([[False,  True,  True, False]])]
+    """
+    op = "magnitude_masks"
+    nm = select.check_scope(scope, sparsity, op)
+    value = 0.0 if nm else select.check_sparsity(sparsity, op)
+    chosen = as_weights(weights, op=op)
+    usual = all(w.in_dim != 0 and w.out_dim == 0 for w in chosen)
+    if torch.compiler.is_compiling() and (usual or scope in ("global", "layer")):
+        return list(torch.ops.wcr_fast.magnitude_masks([w.param for w in chosen], value, scope))
+    return select.masks(chosen, value, scope)

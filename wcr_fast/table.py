@@ -1,0 +1,118 @@
+"""Tables: how a list of tensors is described to a kernel, without copying or joining any of them.
+
+A table covers the tensors of one device and dtype. It holds one row of int64 per tensor (address, length, first
+chunk, position in the caller's list, then what else the kernel needs) and, per chunk, the number of its tensor.
+Tables are cached by what is in them, so a list that didn't move costs one comparison and no upload.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Small: a table is a few kilobytes, and a training loop plus a pruning call need a handful.
+CACHE_SIZE = 32
+
+
+@dataclass
+class TensorTable:
+    """The device-side description of some tensors, with the scratch that belongs to it and its stream."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rows: Tensor  # int64 [tensors, 4 + extra]
+    block_to_tensor: Tensor  # int32 [chunks]
+    positions: tuple[int, ...]
+    _scratch: dict[str, Tensor] = field(default_factory=dict)
+    _addresses: tuple[tuple[int, ...], Tensor] | None = None
+
+    @property
+    def num_chunks(self) -> int:
+        return self.block_to_tensor.numel()
+
+    def scratch(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return a buffer that is zero when first taken and keeps what kernels leave in it."""
+        if name not in self._scratch:
+            self._scratch[name] = torch.zeros(numel, dtype=dtype, device=self.device)
+        return self._scratch[name]
+
+    def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Return the addresses of further tensors, one per row, uploaded only when they changed."""
+        pointers = tuple(t.data_ptr() for t in tensors)
+        if self._addresses is None or self._addresses[0] != pointers:
+            self._addresses = pointers, upload(np.array(pointers, dtype=np.int64), self.device)
+        return self._addresses[1]
+
+
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy a small array to a device without waiting for it."""
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host.to(device)
+    # The caching host allocator hands a pinned buffer out again only after the copy from it has run.
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=CACHE_SIZE)
+def _build(
+    device: torch.device,
+    dtype: torch.dtype,
+    stream: int,  # part of the key: a table's uploads and scratch are ordered by one stream
+    chunk: int,
+    positions: tuple[int, ...],
+    entries: tuple[tuple[int, ...], ...],
+) -> TensorTable:
+    columns = np.array(entries, dtype=np.int64)
+    chunks = -(-columns[:, 1] // chunk)
+    first = np.cumsum(chunks) - chunks
+    rows = np.column_stack([columns[:, :2], first, np.array(positions, dtype=np.int64), columns[:, 2:]])
+    owners = np.repeat(np.arange(len(entries), dtype=np.int32), chunks)
+    return TensorTable(device, dtype, upload(np.ascontiguousarray(rows), device), upload(owners, device), positions)
+
+
+def build_table(
+    tensors: Sequence[Tensor],
+    positions: Sequence[int],
+    chunk: int,
+    *,
+    lengths: Sequence[int] | None = None,
+    extra: Sequence[Sequence[int]] | None = None,
+) -> TensorTable:
+    """Return the table of tensors that share device and dtype, from the cache when nothing moved.
+
+    Args:
+        tensors: non-empty tensors; what a kernel may assume of their layout is the caller's business.
+        positions: their places in the caller's list.
+        chunk: units of work per program.
+        lengths: units of work per tensor; the number of elements when None.
+        extra: further int64 columns, one sequence per tensor, all of one length.
+    """
+    device, dtype = tensors[0].device, tensors[0].dtype
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if lengths is None:
+        lengths = [t.numel() for t in tensors]
+    if extra is None:
+        entries = tuple((t.data_ptr(), n) for t, n in zip(tensors, lengths, strict=True))
+    else:
+        entries = tuple((t.data_ptr(), n, *more) for t, n, more in zip(tensors, lengths, extra, strict=True))
+    return _build(device, dtype, stream, chunk, tuple(positions), entries)
+
+
+def group(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Return the positions of the non-empty tensors, grouped by device and dtype, in list order."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel():
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    return list(groups.values())
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which launches go to this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,153 @@
+"""Tensors in memory as blocks of keys, without concatenating or copying more than a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wcr_fast.torch_path.cuts import KEY_DTYPES, comparison_dtype, keys_of
+from wcr_fast.torch_path.layout import flat_view, is_dense
+from wcr_fast.torch_path.window import KeyBlock
+
+# 512 KB of float32 keys and their two flags per key stay in a core's L2.
+BLOCK = 1 << 17
+# torch runs an op on fewer elements than this on the calling thread. Its own pool waits in busy loops, which
+# costs far more than it brings as soon as another process wants the core.
+SERIAL = (1 << 15) - 64
+LINE_BYTES = 128
+GOLDEN = (5**0.5 - 1) / 2
+
+Piece = tuple[int, np.ndarray | Tensor]
+
+
+def pieces(tensor: Tensor, limit: int = BLOCK) -> Iterator[Tensor]:
+    """Yield views of at most ``limit`` elements that together run through the tensor in logical order."""
+    if tensor.numel() <= limit:
+        if tensor.numel():
+            yield tensor
+        return
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(limit)
+        return
+    row = tensor[0].numel()
+    if row > limit:
+        for i in range(tensor.shape[0]):
+            yield from pieces(tensor[i], limit)
+    else:
+        yield from tensor.split(limit // row)
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether the tensor's memory can be read as keys of this dtype where it lies."""
+    return tensor.device.type == "cpu" and tensor.dtype == dtype and is_dense(tensor)
+
+
+def _patterns(flat: Tensor) -> np.ndarray:
+    return flat.view(KEY_DTYPES[flat.dtype]).numpy()
+
+
+class MemorySource:
+    """A list of tensors as a source of keys; order inside a tensor is memory order where it is dense."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = [t.detach() for t in tensors]
+        self.dtype = comparison_dtype(t.dtype for t in tensors)
+        self.numels = [t.numel() for t in tensors]
+        self._keys = np.dtype(str(KEY_DTYPES[self.dtype]).removeprefix("torch."))
+        self._mask = np.iinfo(self._keys).max
+
+    def sample(self, size: int) -> np.ndarray:
+        """Return about ``size`` keys, in lines of 128 bytes at fixed places; see KeySource."""
+        total = sum(self.numels)
+        if total <= size:
+            return self._everything(total)
+        per_line = LINE_BYTES // self._keys.itemsize
+        # One line from each of these strata of the list, at a place that moves on by the golden ratio: no period
+        # of the layout falls in step with it. (numpy.random would do, but costs 5 MB to import.)
+        strata = size // per_line
+        order = np.arange(strata)
+        places = ((order + order * GOLDEN % 1.0) * (total / strata)).astype(np.int64)
+        ends = np.cumsum(self.numels)
+        stops = np.searchsorted(places, ends)
+        lines = np.empty((strata, per_line), self._keys)
+        for i, tensor in enumerate(self.tensors):
+            start = stops[i - 1] if i else 0
+            if start < stops[i]:
+                inside = places[start : stops[i]] - (ends[i] - self.numels[i])
+                self._lines(tensor, inside, lines[start : stops[i]])
+        lines &= self._mask
+        return lines
+
+    def _lines(self, tensor: Tensor, places: np.ndarray, out: np.ndarray) -> None:
+        """Write the lines that hold these flat places; tensors shorter than a line repeat themselves."""
+        per_line = out.shape[1]
+        count = tensor.numel() // per_line
+        if _plain(tensor, self.dtype) and count:
+            whole = _patterns(flat_view(tensor))[: count * per_line].reshape(count, per_line)
+            # the last line may be cut short: "clip" takes the one before, and needs no buffer for ``out``
+            np.take(whole, places // per_line, axis=0, out=out, mode="clip")
+            return
+        index = places[:, None] // per_line * per_line + np.arange(per_line)
+        index = torch.from_numpy(index % tensor.numel()).to(tensor.device)
+        coords = torch.unravel_index(index.view(-1), tensor.shape) if tensor.dim() else ()
+        picked = tensor[coords].reshape(-1).expand(index.numel())
+        out[...] = keys_of(picked, self.dtype).cpu().numpy().reshape(out.shape)
+
+    def _everything(self, total: int) -> np.ndarray:
+        keys, end = np.empty(total, self._keys), 0
+        for block in self.streams(1)[0]:
+            keys[end : end + block.keys.size] = block.keys
+            end += block.keys.size
+        return keys.reshape(-1, 1)
+
+    def streams(self, count: int) -> list[Iterator[KeyBlock]]:
+        """Return one iterator; see KeySource.
+
+        A block takes numpy some 20 microseconds a call: two threads spend what they gain on handing over the
+        interpreter's lock (measured on 2 cores), and lose much more when another process wants a core.
+        """
+        return [self._blocks()]
+
+    def _groups(self) -> Iterator[list[Piece]]:
+        """Cut the list into groups of pieces of one block together; small tensors share a block."""
+        group: list[Piece] = []
+        room = BLOCK
+        for i, tensor in enumerate(self.tensors):
+            for piece in self._pieces(tensor):
+                size = piece.size if isinstance(piece, np.ndarray) else piece.numel()
+                if size > room:
+                    yield group
+                    group, room = [], BLOCK
+                group.append((i, piece))
+                room -= size
+        if group:
+            yield group
+
+    def _pieces(self, tensor: Tensor) -> Iterator[np.ndarray | Tensor]:
+        if not _plain(tensor, self.dtype):
+            # In memory order where the tensor is dense: copies of strided pieces are slow.
+            limit = SERIAL if tensor.device.type == "cpu" else BLOCK
+            yield from pieces(flat_view(tensor) if is_dense(tensor) else tensor, limit)
+            return
+        flat = _patterns(flat_view(tensor))
+        for start in range(0, flat.size, BLOCK):
+            yield flat[start : start + BLOCK]
+
+    def _blocks(self) -> Iterator[KeyBlock]:
+        buffer = np.empty(min(BLOCK, sum(self.numels)), self._keys)
+        for group in self._groups():
+            tensors, starts, end = [], [], 0
+            for i, piece in group:
+                tensors.append(i)
+                starts.append(end)
+                size = piece.size if isinstance(piece, np.ndarray) else piece.numel()
+                out = buffer[end : end + size]
+                if isinstance(piece, np.ndarray):
+                    np.bitwise_and(piece, self._mask, out=out)
+                else:
+                    out[...] = keys_of(piece.reshape(-1), self.dtype).cpu().numpy()
+                end += size
+            yield KeyBlock(tensors, starts, buffer[:end])

@@ -1,0 +1,348 @@
+"""Exact selection by a sampled window: one pass over blocks of keys, from memory or from files.
+
+A sample says between which two keys the cut lies. One pass counts the keys above that window and collects those
+inside, which a partition then resolves. Where the window misses, or holds too many keys to collect, passes with a
+histogram narrow it down: slower, never wrong. Nothing here depends on how the keys are cut into blocks, or on how
+many threads read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from wcr_fast.torch_path.cuts import INF_KEYS
+
+SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 19
+# The window reaches this many standard deviations of the sample's count to both sides of the wanted rank.
+MARGIN = 4.0
+# Histograms count per tensor; this many counters in all (0.5 MB) and at most so many bins.
+COUNTERS, BINS = 1 << 16, 1 << 12
+# Below this many keys, starting threads costs more than they bring.
+THREADED = 1 << 20
+
+
+class KeyBlock(NamedTuple):
+    """Keys of one or more whole or partial tensors, one after the other.
+
+    Attributes:
+        tensors: index of the tensor of each segment.
+        starts: where each segment begins in ``keys`` (the first at 0); segments are never empty.
+        keys: 1-d integer array (int16, int32 or int64). The engine only reads it, and only until the next block.
+    """
+
+    tensors: Sequence[int]
+    starts: Sequence[int]
+    keys: np.ndarray
+
+
+class KeySource(Protocol):
+    """What the engine asks of the place where keys come from; it may sweep over it several times."""
+
+    dtype: torch.dtype  # the comparison dtype whose patterns the keys are
+    numels: Sequence[int]  # keys per tensor
+
+    def sample(self, size: int) -> np.ndarray:
+        """Return about ``size`` keys as [lines, keys per line], spread over all; exactly all where size covers all.
+
+        Lines are neighbours in memory; how much they resemble each other decides the width of the window.
+        """
+        ...
+
+    def streams(self, count: int) -> Sequence[Iterable[KeyBlock]]:
+        """Return at most ``count`` iterables, read in parallel, which together give every key once."""
+        ...
+
+
+class Found(NamedTuple):
+    """The cuts of one selection at Q ranks over L tensors.
+
+    Attributes:
+        key: the smallest key kept, per rank; one above infinity's key where nothing is kept.
+        ties: how many keys equal to it are kept in all.
+        above: int64 [L, Q], keys above the cut in each tensor.
+        tied: int64 [L, Q], keys equal to the cut in each tensor.
+        zeros: int64 [L], zeros in each tensor.
+        bad: bool [L], the tensor holds NaN.
+    """
+
+    key: list[int]
+    ties: list[int]
+    above: np.ndarray
+    tied: np.ndarray
+    zeros: np.ndarray
+    bad: np.ndarray
+
+
+def shares(ties: np.ndarray, tied: np.ndarray) -> np.ndarray:
+    """Return how many ties each tensor keeps, [L, Q]: the first ones in list order, ``ties`` [Q] in all."""
+    before = np.cumsum(tied, axis=0) - tied
+    return np.clip(ties - before, 0, tied)
+
+
+def window_search(source: KeySource, num_keep: Sequence[int]) -> Found:
+    """Find the cuts that keep the ``num_keep[q]`` largest keys of the source.
+
+    Args:
+        source: where the keys come from.
+        num_keep: ranks, each in [0, number of keys].
+
+    Returns:
+        The cuts, with their counts per tensor. Where a tensor holds NaN, only ``bad`` means something.
+    """
+    search = _Search(source, num_keep)
+    while not search.done():
+        search.sweep()
+    return search.found()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Keys lo <= key < hi; collected where they are few, else counted in bins of 2^shift keys."""
+
+    lo: int
+    hi: int
+    ranks: tuple[int, ...]
+    limit: int = 0  # collect up to this many keys; 0: histogram
+    shift: int = 0
+
+    @property
+    def bins(self) -> int:
+        return ((self.hi - self.lo - 1) >> self.shift) + 1
+
+
+class _Tally:
+    """What one thread counted in one sweep."""
+
+    def __init__(self, windows: Sequence[_Window], tensors: int, top: int) -> None:
+        self.windows, self.top = windows, top
+        self.above = np.zeros((len(windows), tensors), np.int64)
+        self.inside = np.zeros((len(windows), tensors), np.int64)
+        self.zeros = np.zeros(tensors, np.int64)
+        self.bad = np.zeros(tensors, bool)
+        self.keys: list[list[np.ndarray]] = [[] for _ in windows]
+        self.owners: list[list[tuple[Sequence[int], np.ndarray]]] = [[] for _ in windows]
+        self.bins = [None if w.limit else np.zeros((tensors, w.bins), np.int64) for w in windows]
+        self._flags = np.empty((2, 0), bool)
+
+    def read(self, blocks: Iterable[KeyBlock], first: bool) -> _Tally:
+        for block in blocks:
+            if block.keys.size > self._flags.shape[1]:
+                self._flags = np.empty((2, block.keys.size), bool)
+            if first:
+                self._zeros_and_nan(block)
+            for i in range(len(self.windows)):
+                self._count(i, block)
+        return self
+
+    def _zeros_and_nan(self, block: KeyBlock) -> None:
+        tensors, starts, keys = block
+        if len(tensors) == 1:
+            self.zeros[tensors[0]] += keys.size - np.count_nonzero(keys)
+            self.bad[tensors[0]] |= keys.max() >= self.top
+            return
+        zero = np.equal(keys, 0, out=self._flags[0, : keys.size])
+        self.zeros[tensors] += np.add.reduceat(zero, starts, dtype=np.int64)
+        self.bad[tensors] |= np.maximum.reduceat(keys, starts) >= self.top
+
+    def _count(self, i: int, block: KeyBlock) -> None:
+        window, (tensors, starts, keys) = self.windows[i], block
+        inside, above = self._flags[:, : keys.size]
+        np.greater_equal(keys, window.lo, out=inside)
+        if window.hi < self.top:
+            np.greater_equal(keys, window.hi, out=above)
+            self.above[i, tensors] += _per_segment(above, starts)
+            np.greater(inside, above, out=inside)  # "and not"; on flags faster than the logical functions
+        counts = _per_segment(inside, starts)
+        self.inside[i, tensors] += counts
+        if window.limit:
+            if self.inside[i].sum() <= window.limit:
+                self.keys[i].append(keys[inside])
+                self.owners[i].append((tensors, counts))
+        elif window.bins > 1:
+            offsets = (keys[inside] - window.lo) >> window.shift
+            bins, stop = self.bins[i], 0
+            for tensor, count in zip(tensors, counts, strict=True):
+                start, stop = stop, stop + count
+                bins[tensor] += np.bincount(offsets[start:stop], minlength=window.bins)
+
+    def merge(self, other: _Tally) -> None:
+        for name in ("above", "inside", "zeros", "bad"):
+            getattr(self, name)[...] += getattr(other, name)
+        for i, bins in enumerate(self.bins):
+            self.keys[i] += other.keys[i]
+            self.owners[i] += other.owners[i]
+            if bins is not None:
+                bins += other.bins[i]
+
+
+def _per_segment(flags: np.ndarray, starts: Sequence[int]) -> np.ndarray:
+    if len(starts) == 1:
+        return np.array([np.count_nonzero(flags)])
+    return np.add.reduceat(flags, starts, dtype=np.int64)
+
+
+class _Search:
+    """The windows still open, and the cuts found."""
+
+    def __init__(self, source: KeySource, num_keep: Sequence[int]) -> None:
+        self.source, self.num_keep = source, list(num_keep)
+        self.total = sum(source.numels)
+        self.top = INF_KEYS[source.dtype] + 1  # one above infinity: NaN begins here
+        self.tensors = len(source.numels)
+        # Collected keys and the joined copy of them stay near 3 % of 32-bit weights.
+        self.capacity = SAMPLE_MIN + self.total // 64
+        shape = (self.tensors, len(self.num_keep))
+        self.key, self.ties = [self.top] * shape[1], [0] * shape[1]
+        self.above, self.tied = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        self.zeros: np.ndarray | None = None
+        self.bad = np.zeros(self.tensors, bool)
+        self.windows = self._guess()
+
+    def done(self) -> bool:
+        return self.zeros is not None and not self.windows
+
+    def found(self) -> Found:
+        return Found(self.key, self.ties, self.above, self.tied, self.zeros, self.bad)
+
+    def _guess(self) -> list[_Window]:
+        ranks = [q for q, keep in enumerate(self.num_keep) if keep > 0]
+        if not ranks:
+            return []
+        lines = self.source.sample(min(max(SAMPLE_MIN, self.total // 64), SAMPLE_MAX))
+        spans = sample_spans(lines, [self.num_keep[q] / self.total for q in ranks], lines.size >= self.total)
+        # NaN in the sample must not open a window above infinity.
+        spans = [
+            (min(lo, self.top - 1), min(hi, self.top), share, (q,))
+            for (lo, hi, share), q in zip(spans, ranks, strict=True)
+        ]
+        # Overlapping windows become one, so that no key is collected twice.
+        merged: list[tuple[int, int, float, tuple[int, ...]]] = []
+        for lo, hi, share, mine in sorted(spans):
+            if merged and lo < merged[-1][1]:
+                lo0, hi0, share0, others = merged[-1]
+                merged[-1] = (lo0, max(hi0, hi), share0 + share, others + mine)
+            else:
+                merged.append((lo, hi, share, mine))
+        return [self._window(lo, hi, ranks, share * self.total) for lo, hi, share, ranks in merged]
+
+    def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> _Window:
+        limit = self.capacity * len(ranks)
+        if expected <= limit and hi - lo > 1:
+            return _Window(lo, hi, ranks, limit=limit)
+        bins = max(2, min(BINS, COUNTERS // self.tensors))
+        shift = 0
+        while (hi - lo - 1) >> shift >= bins:
+            shift += 1
+        return _Window(lo, hi, ranks, shift=shift)
+
+    def sweep(self) -> None:
+        first = self.zeros is None
+        workers = torch.get_num_threads() if self.total >= THREADED else 1
+        streams = self.source.streams(workers)
+        tallies = [_Tally(self.windows, self.tensors, self.top) for _ in streams]
+        if len(streams) > 1:
+            with ThreadPoolExecutor(len(streams)) as pool:
+                list(pool.map(_Tally.read, tallies, streams, [first] * len(streams)))
+        else:
+            for tally, stream in zip(tallies, streams, strict=True):
+                tally.read(stream, first)
+        tally = tallies[0]
+        for other in tallies[1:]:
+            tally.merge(other)
+        if first:
+            self.zeros, self.bad = tally.zeros, tally.bad
+        windows, self.windows = self.windows, []
+        if not self.bad.any():
+            for i, window in enumerate(windows):
+                self._resolve(window, i, tally)
+
+    def _resolve(self, window: _Window, i: int, tally: _Tally) -> None:
+        above, inside = int(tally.above[i].sum()), int(tally.inside[i].sum())
+        missed_up = tuple(q for q in window.ranks if self.num_keep[q] <= above)
+        missed_down = tuple(q for q in window.ranks if self.num_keep[q] > above + inside)
+        if missed_up:
+            self.windows.append(self._window(window.hi, self.top, missed_up, above))
+        if missed_down:
+            self.windows.append(self._window(0, window.lo, missed_down, self.total - above - inside))
+        ranks = [q for q in window.ranks if above < self.num_keep[q] <= above + inside]
+        if not ranks:
+            return
+        if not window.limit:
+            self._from_bins(window, ranks, tally.above[i], tally.inside[i], tally.bins[i])
+        elif sum(map(len, tally.keys[i])) == inside:
+            self._from_keys(ranks, tally, i)
+        else:  # overflowed: histogram
+            self.windows.append(self._window(window.lo, window.hi, tuple(ranks), np.inf))
+
+    def _from_keys(self, ranks: list[int], tally: _Tally, i: int) -> None:
+        keys = np.concatenate(tally.keys[i])
+        tally.keys[i].clear()
+        owners = np.concatenate([tensors for tensors, _ in tally.owners[i]])
+        counts = np.concatenate([counts for _, counts in tally.owners[i]])
+        starts = np.cumsum(counts) - counts
+        # reduceat gives a wrong value for empty segments
+        owners, starts = owners[counts > 0], starts[counts > 0]
+        above = tally.above[i]
+        places = [keys.size - (self.num_keep[q] - int(above.sum())) for q in ranks]
+        cuts = np.partition(keys, sorted(set(places)))[places]
+        for q, cut in zip(ranks, cuts, strict=True):
+            greater, equal = above.copy(), np.zeros_like(above)
+            np.add.at(greater, owners, np.add.reduceat(keys > cut, starts, dtype=np.int64))
+            np.add.at(equal, owners, np.add.reduceat(keys == cut, starts, dtype=np.int64))
+            self._settle(q, int(cut), greater, equal)
+
+    def _from_bins(
+        self, window: _Window, ranks: list[int], above: np.ndarray, inside: np.ndarray, bins: np.ndarray
+    ) -> None:
+        if window.bins == 1:
+            bins[:, 0] = inside
+        totals = bins.sum(axis=0)
+        at_least = above.sum() + np.cumsum(totals[::-1])[::-1]  # keys in bin b or above
+        narrower: dict[int, list[int]] = {}
+        for q in ranks:
+            b = int(np.flatnonzero(at_least >= self.num_keep[q])[-1])
+            if window.shift:
+                narrower.setdefault(b, []).append(q)
+            else:
+                self._settle(q, window.lo + b, above + bins[:, b + 1 :].sum(axis=1), bins[:, b])
+        for b, mine in narrower.items():
+            lo = window.lo + (b << window.shift)
+            hi = min(lo + (1 << window.shift), window.hi)
+            self.windows.append(self._window(lo, hi, tuple(mine), int(totals[b])))
+
+    def _settle(self, q: int, key: int, above: np.ndarray, tied: np.ndarray) -> None:
+        self.key[q] = key
+        self.ties[q] = self.num_keep[q] - int(above.sum())
+        self.above[:, q], self.tied[:, q] = above, tied
+
+
+def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> list[tuple[int, int, float]]:
+    """Return, for each share of keys kept, the window [lo, hi) around its cut and the share of keys inside.
+
+    The spread of the sampled count is taken from the lines themselves, as keys of one line may be alike.
+    """
+    size = lines.size
+    places, bounds = [], []
+    ranked = np.sort(lines, axis=None)
+    for share in shares:
+        rank = min(max(round(share * size), 1), size)  # the rank-th largest key of the sample
+        margin = 0
+        if not whole:
+            per_line = np.count_nonzero(lines >= ranked[size - rank], axis=1)
+            # Neighbours differ by chance only, also where whole layers differ in scale.
+            variance = np.square(np.diff(per_line)).sum() / (2 * max(len(lines) - 1, 1))
+            margin = int(MARGIN * np.sqrt(len(lines) * variance) + 3 * MARGIN)
+        places.append((size - rank - margin, size - rank + margin))
+    for low, high in places:
+        lo = 0 if low < 0 else int(ranked[low])
+        # Beyond the sample's largest key everything is open; the engine cuts this off above infinity.
+        hi = np.iinfo(lines.dtype).max if high >= size else int(ranked[high]) + 1
+        inside = np.searchsorted(ranked, hi) - np.searchsorted(ranked, lo)
+        bounds.append((lo, hi, float(inside / size)))
+    return bounds
