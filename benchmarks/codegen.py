@@ -28,10 +28,10 @@ os.environ.pop("TRITON_INTERPRET", None)
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wcr_fast.kernels import mask, moments, select
+from wcr_fast.kernels import mask, moments, rows, select
 from wcr_fast.kernels.launch import Variant
 
-MODULES = (moments, select, mask)
+MODULES = (moments, select, rows, mask)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

@@ -4,8 +4,6 @@ A weight's key is its bit pattern with the sign cleared, an integer ordered like
 from the top in digits of 8 bits: count the next digit among the keys that share the digits found so far, pick
 the digit that holds the wanted rank, go on. Every pass reads each element once, however many cuts are asked for;
 counts are integers, so no order of execution shows in the result, and nothing waits for the host.
-
-A row of a matrix is small enough for one program to do all of this, the ties and the writing included.
 """
 
 from __future__ import annotations
@@ -16,16 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
-    LAYOUT_WIDTH,
     ROW_ADDRESS,
     ROW_EXTRA,
     ROW_LENGTH,
     ROW_POSITION,
     is_aligned,
-    is_contiguous,
     locate,
     magnitude_key,
-    strided_offsets,
 )
 from .launch import CHUNK, OPTIONS, TRITON_DTYPES, Variant, config
 
@@ -194,138 +189,6 @@ def _survey_kernel(
     tl.store(bad_ptr + position, 1, mask=largest > INF)
 
 
-# Extra columns of a row table: elements per row, how many stay, distance of two rows and layout of one, in the
-# tensor and in the mask.
-_COL_LENGTH = tl.constexpr(4)
-_COL_KEEP = tl.constexpr(5)
-_COL_STRIDE = tl.constexpr(6)
-_COL_LAYOUT = tl.constexpr(7)
-_COL_OUT_STRIDE = tl.constexpr(7 + LAYOUT_WIDTH)
-_COL_OUT_LAYOUT = tl.constexpr(8 + LAYOUT_WIDTH)
-ROWS_WIDTH = 8 + 2 * LAYOUT_WIDTH
-_ROWS_WIDTH = tl.constexpr(ROWS_WIDTH)
-
-
-@triton.jit
-def _row_keys(ptr, layout_ptr, offs, n, KEY_BITS: tl.constexpr, FLAT: tl.constexpr):
-    """Return the elements and keys of one block of a row; behind its end the keys are -1."""
-    mask = offs < n
-    if FLAT:
-        x = tl.load(ptr + offs, mask=mask, other=0.0)
-    else:
-        x = tl.load(ptr + strided_offsets(layout_ptr, offs.to(tl.int64)), mask=mask, other=0.0)
-    key = magnitude_key(x, KEY_BITS)
-    return x, tl.where(mask, key, -1)
-
-
-@triton.jit
-def _cut_row(
-    ptr,
-    out_ptr,
-    layout_ptr,
-    out_layout_ptr,
-    n,
-    keep,
-    INF: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    TO_MASK: tl.constexpr,
-    FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Find one row's cut and apply it, unless the row holds NaN; return the row's largest key."""
-    lanes = tl.arange(0, BLOCK)
-    bins = tl.arange(0, _BINS)
-    KEY: tl.constexpr = tl.int64 if KEY_BITS == 64 else tl.int32
-    prefix = tl.zeros((), KEY)
-    remaining = keep.to(tl.int32)
-    largest = tl.zeros((), KEY)
-    for digits_left in range(KEY_BITS // 8, 0, -1):
-        shift = 8 * (digits_left - 1)
-        counts = tl.zeros((_BINS,), tl.int32)
-        for start in range(0, n, BLOCK):
-            _, key = _row_keys(ptr, layout_ptr, start + lanes, n, KEY_BITS, FLAT)
-            shares = (key >= 0) & (((key >> shift) >> 8) == prefix)
-            counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), _BINS, mask=shares)
-            if digits_left == KEY_BITS // 8:
-                largest = tl.maximum(largest, tl.max(key))
-        from_top = tl.sum(counts) - tl.cumsum(counts, axis=0) + counts
-        digit = tl.max(tl.where(from_top >= remaining, bins, 0))
-        remaining -= tl.sum(tl.where(bins > digit, counts, 0))
-        prefix = (prefix << 8) | digit.to(KEY)
-    cut = tl.where(keep == 0, INF + 1, prefix).to(KEY)
-    if TO_MASK or largest <= INF:
-        before = tl.zeros((), tl.int32)
-        for start in range(0, n, BLOCK):
-            offs = start + lanes
-            x, key = _row_keys(ptr, layout_ptr, offs, n, KEY_BITS, FLAT)
-            ties = (key == cut).to(tl.int32)
-            here = tl.sum(ties)
-            if (before < remaining) & (before + here > remaining):
-                stays = (key > cut) | ((key == cut) & (before + tl.cumsum(ties, axis=0) <= remaining))
-            else:
-                stays = key >= cut + (before + here > remaining).to(KEY)
-            before += here
-            if FLAT:
-                where = offs.to(tl.int64)
-            else:
-                where = strided_offsets(out_layout_ptr, offs.to(tl.int64))
-            if TO_MASK:
-                tl.store(out_ptr + where, stays.to(tl.uint8), mask=offs < n)
-            else:
-                tl.store(out_ptr + where, tl.where(stays, x, 0.0), mask=offs < n)
-    return largest
-
-
-@triton.jit
-def _rows_kernel(
-    rows_ptr,
-    block_to_tensor_ptr,
-    out_addrs_ptr,
-    bad_ptr,
-    DTYPE: tl.constexpr,
-    INF: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    TO_MASK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GENERAL: tl.constexpr,
-):
-    """One program per row zeroes in place what its row loses, or writes the row's mask to ``out_addrs``."""
-    tensor, row_ptr, row = locate(rows_ptr, block_to_tensor_ptr, _ROWS_WIDTH)
-    n = tl.load(row_ptr + _COL_LENGTH)
-    keep = tl.load(row_ptr + _COL_KEEP)
-    layout_ptr = row_ptr + _COL_LAYOUT
-    address = tl.load(row_ptr + ROW_ADDRESS)
-    ITEM: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    address += row * tl.load(row_ptr + _COL_STRIDE) * ITEM
-    flat = is_contiguous(layout_ptr, 1) & is_aligned(address) & (n % 16 == 0)
-    ptr = address.to(tl.pointer_type(DTYPE))
-    if TO_MASK:
-        out_layout_ptr = row_ptr + _COL_OUT_LAYOUT
-        out_address = tl.load(out_addrs_ptr + tensor) + row * tl.load(row_ptr + _COL_OUT_STRIDE)
-        out_ptr = out_address.to(tl.pointer_type(tl.uint8))
-        flat = flat & is_contiguous(out_layout_ptr, 1) & is_aligned(out_address)
-    else:
-        out_layout_ptr = layout_ptr
-        out_ptr = ptr
-    if flat:
-        largest = _cut_row(
-            tl.multiple_of(ptr, 16),
-            tl.multiple_of(out_ptr, 16),
-            layout_ptr,
-            out_layout_ptr,
-            tl.multiple_of(n, 16),
-            keep,
-            INF,
-            KEY_BITS,
-            TO_MASK,
-            True,
-            BLOCK,
-        )
-    else:
-        largest = _cut_row(ptr, out_ptr, layout_ptr, out_layout_ptr, n, keep, INF, KEY_BITS, TO_MASK, False, GENERAL)
-    tl.store(bad_ptr + tl.load(row_ptr + ROW_POSITION), 1, mask=largest > INF)
-
-
 def _histogram_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, first: bool) -> dict:
     return {
         "DTYPE": TRITON_DTYPES[dtype],
@@ -343,17 +206,6 @@ def _survey_constants(dtype: torch.dtype) -> dict:
         "INF": INF_KEYS[dtype],
         "KEY_BITS": 8 * dtype.itemsize,
         "BLOCK": config("survey", dtype).block,
-    }
-
-
-def _rows_constants(dtype: torch.dtype, to_mask: bool) -> dict:
-    return {
-        "DTYPE": TRITON_DTYPES[dtype],
-        "INF": INF_KEYS[dtype],
-        "KEY_BITS": 8 * dtype.itemsize,
-        "TO_MASK": to_mask,
-        "BLOCK": config("rows", dtype).block,
-        "GENERAL": config("rows", dtype).general,
     }
 
 
@@ -411,20 +263,6 @@ def launch_survey(rows: Tensor, block_to_tensor: Tensor, zeros: Tensor, bad: Ten
     )
 
 
-def launch_rows(
-    rows: Tensor, block_to_tensor: Tensor, out_addrs: Tensor | None, bad: Tensor, *, dtype: torch.dtype
-) -> None:
-    """Cut every row of a row table by itself: in place, or into the bool masks at out_addrs."""
-    _rows_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        rows if out_addrs is None else out_addrs,
-        bad,
-        **_rows_constants(dtype, out_addrs is not None),
-        **config("rows", dtype).options(),
-    )
-
-
 def variants() -> list[Variant]:
     """Return the forms of this module's kernels that the code generation check compiles."""
     tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
@@ -450,10 +288,4 @@ def variants() -> list[Variant]:
         label = str(dtype).removeprefix("torch.")
         warps = config("survey", dtype).warps
         listed.append(Variant(_survey_kernel, label, signature, _survey_constants(dtype), warps))
-    signature = {**tables, "out_addrs_ptr": "*i64", "bad_ptr": "*u8"}
-    for dtype in TRITON_DTYPES:
-        for to_mask in (False, True):
-            label = f"{dtype} {'mask' if to_mask else 'in place'}".replace("torch.", "")
-            warps = config("rows", dtype).warps
-            listed.append(Variant(_rows_kernel, label, signature, _rows_constants(dtype, to_mask), warps))
     return listed

@@ -224,6 +224,14 @@ def test_gradients_of_another_layout(backend, device):
     assert reference.relative_error(conv.weight.grad, want) < 4e-6
 
 
+def test_adding_raises_the_version_of_the_gradient(backend, device):
+    w = torch.randn(5, 5, device=device, requires_grad=True)
+    w.grad = torch.zeros_like(w)
+    before = w.grad._version
+    wcr_fast.WCR([w]).add_grad_()
+    assert w.grad._version > before
+
+
 def test_moments_by_name(net):
     moments = wcr_fast.WCR(net).moments()
     mean, var = reference.moments(net.conv.weight, 1e-8)

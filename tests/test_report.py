@@ -132,7 +132,8 @@ def test_differences_are_paired_by_seed():
         for key in ("wcr", "sgd")
     )
     each = [x - y for x, y in zip(a, b, strict=True)]
-    curve = statistics.differences(results, summary, "wcr", "sgd", "as_is")
+    runs = [(key, summary.chosen[key]) for key in ("wcr", "sgd")]
+    curve = statistics.differences(results, *runs, "as_is")
     assert curve.mean[1] == pytest.approx(stdlib.mean(each))
     assert curve.std[1] == pytest.approx(stdlib.stdev(each))
 
@@ -148,6 +149,24 @@ def test_diverged_runs_are_counted_and_left_out_of_the_histogram():
     text = page.render_page(results, summary, {})
     assert "1 runs ended with weights that are not finite" in text
     assert f"Warned during training (unstable or odd steps; the texts are in results.json): SGD {chosen:g}." in text
+
+
+def test_plain_sgd_at_the_common_weight_decay_is_a_reference_unless_chosen():
+    results = make_results()
+    assert statistics.summarise(results).reference is None
+    set_val(results, "sgd", 0.1, 198, 20)
+    set_val(results, "sgd", 0.2, 198, 30)
+    results["plan"]["weight_decay"] = 0.2
+    assert statistics.summarise(results).reference is None
+    results["plan"]["weight_decay"] = 0.1
+    summary = statistics.summarise(results)
+    values = statistics.accuracies(results, "sgd", 0.1, "as_is", "test")
+    np.testing.assert_allclose(summary.reference.test["as_is"].mean, values.mean(0))
+    text = page.render_page(results, summary, figures.all_figures(summary))
+    row = cells_of(text, tables.caption(summary, "as_is"))["SGD, weight decay as the others"]
+    assert row == ["0.1", *tables.cells(summary.reference.test["as_is"])]
+    assert "SGD + WCR minus SGD, weight decay as the others" in text
+    assert "SGD, weight decay as the others (0.1):" in tables.text_table(summary, "as_is")
 
 
 # Tables and page -------------------------------------------------------------------------------------------------
@@ -298,4 +317,4 @@ def test_the_terminal_table_fits_80_columns(committed):
     for protocol in statistics.PROTOCOLS:
         lines = tables.text_table(summary, protocol).splitlines()
         assert max(map(len, lines)) <= 80
-        assert len(lines) == 4 + len(plan.SPARSITIES)
+        assert sum(line.split(" ")[0] in [f"{100 * s:g}" for s in plan.SPARSITIES] for line in lines) == 10

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wcr_fast.attach import AttachHandle, attach
-from wcr_fast.ops.moments import check_constant, check_smoothing, moments_of, path_for, result_dtype
+from wcr_fast.ops.moments import add_grad_, check_constant, check_smoothing, moments_of, path_for, result_dtype
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
 
 
@@ -177,13 +177,12 @@ class Regularizer:
                 name = self._choice.weights[i].name
                 raise TypeError(f"{type(self).__name__}: the gradient of {name} is sparse; use sparse=False there")
         tensors, grads = [p.detach() for p in params], [p.grad for p in params]
-        path = path_for(tensors)
         # N is the whole regularizer's: the kernels know only the list they are given.
         rule = (self.family, self.eps) if self.family and len(indices) == len(self._numels) else None
-        stats, coef = path.layer_moments(tensors, self.r, rule)
+        stats, coef = path_for(tensors).layer_moments(tensors, self.r, rule)
         if coef is None:
             coef = torch.stack(self._derivatives_at(stats, indices))
-        path.add_grad_(grads, tensors, stats, coef, lam, self.r)
+        add_grad_(grads, tensors, stats, coef, lam, self.r)
         return coef[0], stats
 
     def _derivatives_at(self, stats: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
     shown = [tables.text_table(summary, protocol) for protocol in statistics.PROTOCOLS]
     names = ", ".join(["results.json", *images, "report.html"])
     made = f"{len(results['runs'])} runs, {results['made']['seconds']:.0f} s, digest {results['digest'][:16]}"
-    return "\n\n".join([*shown, statistics.RULE, f"{made}\nWritten to {folder}: {names}"])
+    return "\n\n".join([*shown, textwrap.fill(statistics.RULE, 80), f"{made}\nWritten to {folder}: {names}"])
 
 
 def _prepare(folder: Path) -> None:

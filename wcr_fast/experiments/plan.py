@@ -116,7 +116,7 @@ class Plan:
 
 # The shorter the runs, the more of a penalty's pull is missing: quick takes the stronger half of each ladder.
 PLANS = {
-    "quick": Plan("quick", steps=(3, 5), seeds=(0, 1), epochs=8),
-    "default": Plan("default", steps=(1, 2, 3, 4), seeds=(0, 1, 2), epochs=30),
+    "quick": Plan("quick", steps=(3, 5), seeds=(0, 1), epochs=6),
+    "default": Plan("default", steps=(0, 2, 3, 4), seeds=(0, 1, 2), epochs=25),
     "full": Plan("full", steps=tuple(range(LADDER_STEPS)), seeds=(0, 1, 2, 3, 4), epochs=60),
 }

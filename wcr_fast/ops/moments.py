@@ -64,15 +64,22 @@ def _backward_fake(
     return [torch.empty_like(w) for w in weights]
 
 
-def _add_grad(
-    grads: Sequence[Tensor], weights: Sequence[Tensor], stats: Tensor, coef: Tensor, lam: Tensor, r: float
+def add_grad_(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    stats: Tensor,
+    coef: Tensor,
+    lam: float | Tensor,
+    r: float,
 ) -> None:
+    """Add lam times the penalty's gradient to ``grads`` in place; stats and coef as the path gave them."""
     path_for(weights).add_grad_(grads, weights, stats, coef, lam, r)
+    torch.autograd.graph.increment_version(grads)  # a kernel's write leaves no trace of its own
 
 
 _lib.impl("layer_moments", _forward, "CompositeExplicitAutograd")
 _lib.impl("layer_moments_backward", _backward, "CompositeExplicitAutograd")
-_lib.impl("add_moments_grad_", _add_grad, "CompositeExplicitAutograd")
+_lib.impl("add_moments_grad_", add_grad_, "CompositeExplicitAutograd")
 torch.library.register_fake("wcr_fast::layer_moments", _forward_fake)
 torch.library.register_fake("wcr_fast::layer_moments_backward", _backward_fake)
 torch.library.register_fake("wcr_fast::add_moments_grad_", lambda *args: None)

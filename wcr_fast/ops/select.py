@@ -133,9 +133,7 @@ def masks(weights: Sequence[Weight], sparsity: float, scope: str) -> list[Tensor
 
 def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the zeros of every tensor (int64 [L]) and whether it holds NaN (bool [L])."""
-    from wcr_fast.torch_path.select import survey as count
-
-    return count(tensors)
+    return path_for(tensors).survey(tensors)
 
 
 def _literal(tensors: Sequence[Tensor]) -> list[Weight]:

@@ -199,11 +199,12 @@ def writing(path: Path) -> Iterator[int]:
 def write_behind(fd: int, start: int, stop: int) -> None:
     """Let the system put finished stretches on the disk while the next ones are computed.
 
-    Called after the bytes [start, stop) were written; acts where they complete a stretch.
+    Called after the bytes [start, stop) were written; acts where they complete a stretch. It names all bytes so
+    far: the new ones start on their way, and pages that have arrived since are free to take the next ones.
     """
     whole = stop // WRITEBACK_BYTES * WRITEBACK_BYTES
     if whole > start and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, whole - WRITEBACK_BYTES, WRITEBACK_BYTES, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, whole, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:

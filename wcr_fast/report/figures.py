@@ -71,6 +71,10 @@ def accuracy_figure(summary: Summary) -> bytes:
             label = f"{summary.labels[method]} ({summary.chosen[method]:g})"
             axes.fill_between(places, lower, upper, color=style["color"], alpha=0.15, linewidth=0)
             axes.plot(places, mean, label=label, markersize=5, linewidth=1.8, **style)
+        if summary.reference is not None:
+            extra = summary.reference
+            label = f"{extra.label} ({extra.strength:g})"
+            axes.plot(places, extra.test[protocol].mean, label=label, color="#777777", linestyle=":", linewidth=1.8)
         axes.set_title(PROTOCOLS[protocol], fontsize=12)
         axes.set_xticks(places, [f"{100 * s:g}" for s in summary.sparsities])
         axes.set_xlabel("weights removed (%), uneven steps", fontsize=11)

@@ -43,6 +43,17 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Plain SGD at the other methods' weight decay: fixed beforehand, not chosen, so its test part may be read."""
+
+    label: str
+    method: str
+    strength: float
+    test: dict[str, Curve]
+    """Protocol -> curve."""
+
+
+@dataclass(frozen=True)
 class Summary:
     """All that tables, figures and text are made from."""
 
@@ -54,6 +65,7 @@ class Summary:
     chosen: dict[str, float]
     test: dict[str, dict[str, Curve]]
     """Protocol -> method -> curve."""
+    reference: Reference | None
     magnitudes: dict[str, np.ndarray]
     """Method -> share of the dense weights in each bin of |w|, mean over the seeds, in %."""
     magnitude_edges: np.ndarray
@@ -113,6 +125,20 @@ def _share_of_weights(results: Results, method: str, strength: float) -> np.ndar
     return (100.0 * counts / counts.sum(axis=1, keepdims=True)).mean(axis=0)
 
 
+def _test_curve(results: Results, method: str, strength: float, protocol: str) -> Curve:
+    values = accuracies(results, method, strength, protocol, "test")
+    return Curve(values.mean(axis=0), _std(values))
+
+
+def _reference(results: Results, chosen: dict[str, float]) -> Reference | None:
+    """Return plain SGD at the common weight decay; None where it wasn't run or was chosen anyway."""
+    plan, decay = results["plan"], results["plan"]["weight_decay"]
+    if decay not in plan["methods"].get("sgd", {}).get("strengths", []) or chosen["sgd"] == decay:
+        return None
+    label = f"{plan['methods']['sgd']['label']}, weight decay as the others"
+    return Reference(label, "sgd", decay, {p: _test_curve(results, "sgd", decay, p) for p in PROTOCOLS})
+
+
 def summarise(results: Results) -> Summary:
     """Turn the content of results.json into statistics.
 
@@ -121,12 +147,10 @@ def summarise(results: Results) -> Summary:
     methods = results["plan"]["methods"]
     strengths = {method: validate(results, method) for method in methods}
     chosen = {method: choose(rows) for method, rows in strengths.items()}
-    test: dict[str, dict[str, Curve]] = {}
-    for protocol in PROTOCOLS:
-        test[protocol] = {}
-        for method, strength in chosen.items():
-            values = accuracies(results, method, strength, protocol, "test")
-            test[protocol][method] = Curve(values.mean(axis=0), _std(values))
+    test = {
+        protocol: {method: _test_curve(results, method, strength, protocol) for method, strength in chosen.items()}
+        for protocol in PROTOCOLS
+    }
     return Summary(
         labels={key: method["label"] for key, method in methods.items()},
         knobs={key: method["knob"] for key, method in methods.items()},
@@ -135,17 +159,18 @@ def summarise(results: Results) -> Summary:
         strengths=strengths,
         chosen=chosen,
         test=test,
+        reference=_reference(results, chosen),
         magnitudes={method: _share_of_weights(results, method, s) for method, s in chosen.items()},
         magnitude_edges=np.array(results["magnitude_edges"]),
         diverged=sum(row["diverged"] for row in results["runs"]),
     )
 
 
-def differences(results: Results, summary: Summary, method: str, base: str, protocol: str) -> Curve:
-    """Return test accuracy of a method minus that of another, in points, paired by seed, [sparsities].
+def differences(results: Results, run: tuple[str, float], base: tuple[str, float], protocol: str) -> Curve:
+    """Return test accuracy of one (method, strength) minus that of another, in points, paired by seed, [sparsities].
 
     Both start from the same initial weights and see the same batches, so the paired spread is the one that
     matters for their difference.
     """
-    a, b = (accuracies(results, key, summary.chosen[key], protocol, "test") for key in (method, base))
+    a, b = (accuracies(results, method, strength, protocol, "test") for method, strength in (run, base))
     return Curve((a - b).mean(axis=0), _std(a - b))

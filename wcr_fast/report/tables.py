@@ -29,7 +29,7 @@ def cells(curve: Curve, sign: str = "") -> list[str]:
 def caption(summary: Summary, protocol: str) -> str:
     """Say what a table of accuracies holds."""
     seeds = len(summary.seeds)
-    what = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    what = f"mean ± standard deviation, {seeds} seeds" if seeds > 1 else "one seed"
     return f"Test accuracy in %, {PROTOCOLS[protocol]}: {what}"
 
 
@@ -48,6 +48,10 @@ def text_table(summary: Summary, protocol: str) -> str:
     lines.append(line("chosen", strengths))
     for i, sparsity in enumerate(summary.sparsities):
         lines.append(line(percent(sparsity), [column[i] for column in columns]))
+    if summary.reference is not None:
+        curve = cells(summary.reference.test[protocol])
+        shown = [f"{percent(s)}: {curve[summary.column(s)]}" for s in (0.8, 0.9, 0.95) if s in summary.sparsities]
+        lines += [f"{summary.reference.label} ({summary.reference.strength:g}):", f"  {'; '.join(shown)}"]
     return "\n".join(lines)
 
 
@@ -72,16 +76,17 @@ def html_accuracy(summary: Summary, protocol: str) -> str:
         [label, f"{summary.chosen[method]:g}", *cells(summary.test[protocol][method])]
         for method, label in summary.labels.items()
     ]
+    if summary.reference is not None:
+        extra = summary.reference
+        rows.append([extra.label, f"{extra.strength:g}", *cells(extra.test[protocol])])
     return _html(head, rows, caption(summary, protocol))
 
 
-def html_differences(summary: Summary, pairs: Sequence[tuple[str, str, Curve]], protocol: str) -> str:
-    """Return the table of paired differences: (method, base, difference) a row."""
+def html_differences(summary: Summary, rows: Sequence[tuple[str, Curve]], protocol: str) -> str:
+    """Return the table of paired differences: (what minus what, difference) a row."""
     head = ["difference", *(percent(s) for s in summary.sparsities)]
-    rows = [
-        [f"{summary.labels[method]} minus {summary.labels[base]}", *cells(curve, "+")] for method, base, curve in pairs
-    ]
-    return _html(head, rows, f"Difference in points on the test part, paired by seed, {PROTOCOLS[protocol]}")
+    title = f"Difference in points on the test part, paired by seed, {PROTOCOLS[protocol]}"
+    return _html(head, [[name, *cells(curve, "+")] for name, curve in rows], title)
 
 
 def html_ladders(summary: Summary) -> str:

@@ -1,6 +1,6 @@
 """Moments of smooth magnitudes and their gradient in torch, in blocks that stay in cache.
 
-With a = sqrt(w^2 + r), one sweep gives sum(a) and sum(w^2), hence mean m and V = mean(w^2) + r - m^2. Where V is
+With a = sqrt(w^2 + r), one sweep gives sum(a) and sum(a^2), hence mean m and V = mean(a^2) - m^2. Where V is
 small against m^2 that difference cancels, so a second sweep sums (a - p) and (a - p)^2 about a pivot p near the
 mean. The pivot says which form of the gradient is accurate, too: p = 0 marks the well-conditioned layers.
 """
@@ -70,16 +70,20 @@ def _blocks(flat: Tensor) -> Iterator[Tensor]:
     return iter(flat.split(BLOCK))
 
 
-def _one_sweep(flat: Tensor, r: float, scratch: _Scratch) -> tuple[float, float]:
+def _one_sweep(flat: Tensor, scratch: _Scratch) -> tuple[float, float]:
     total, squares = 0.0, 0.0
     for block in _blocks(flat):
         x = scratch.widened("x", block)
-        a = scratch.magnitude(x, scratch.take("a", x, x.dtype))
-        total += a.sum().item()
-        squares += torch.dot(x, x).item()
+        a = scratch.take("a", x, x.dtype)
+        if scratch.smooth:  # a^2 lies there on the way to a
+            squares += torch.addcmul(scratch.r(x), x, x, out=a).sum().item()
+            total += a.sqrt_().sum().item()
+        else:
+            squares += torch.dot(x, x).item()
+            total += torch.abs(x, out=a).sum().item()
     n = flat.numel()
     mean = total / n
-    return mean, squares / n + r - mean * mean
+    return mean, squares / n - mean * mean
 
 
 def _about_pivot(flat: Tensor, pivot: Tensor, scratch: _Scratch) -> tuple[float, float]:
@@ -94,10 +98,10 @@ def _about_pivot(flat: Tensor, pivot: Tensor, scratch: _Scratch) -> tuple[float,
     return shift, max(squares / n - shift * shift, 0.0) if squares == squares else squares
 
 
-def _stats_of(flat: Tensor, r: float, scratch: _Scratch) -> tuple[float, float, float, float]:
+def _stats_of(flat: Tensor, scratch: _Scratch) -> tuple[float, float, float, float]:
     if flat.numel() == 0:
         return 0.0, 0.0, 0.0, 0.0
-    mean, var = _one_sweep(flat, r, scratch)
+    mean, var = _one_sweep(flat, scratch)
     if var >= WELL_CONDITIONED * mean * mean and var > 0:
         return mean, var, 0.0, mean
     first = flat[:1].to(compute_dtype(flat.dtype))
@@ -118,7 +122,7 @@ def layer_moments(
     Stats are float64 [4, L] on the first tensor's device: mean, variance, pivot, mean - pivot.
     """
     scratch = _Scratch(r)
-    rows = [_stats_of(flat_view(t), r, scratch) for t in tensors]
+    rows = [_stats_of(flat_view(t), scratch) for t in tensors]
     device = tensors[0].device
     return torch.tensor(rows, dtype=_stats_dtype(device)).reshape(-1, 4).t().contiguous().to(device), None
 

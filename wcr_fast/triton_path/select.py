@@ -11,7 +11,8 @@ from torch import Tensor
 from wcr_fast.kernels._tile import LAYOUT_WIDTH, MAX_DIMS
 from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.mask import groups_per_chunk, launch_mask, launch_nm, launch_ties
-from wcr_fast.kernels.select import DIGIT_BITS, launch_histogram, launch_refine, launch_rows, launch_survey
+from wcr_fast.kernels.rows import launch_rows
+from wcr_fast.kernels.select import DIGIT_BITS, launch_histogram, launch_refine, launch_survey
 from wcr_fast.table import build_table, group, on_device, upload
 from wcr_fast.torch_path.cuts import INF_KEYS, Cuts, comparison_dtype
 from wcr_fast.torch_path.layout import is_dense
