@@ -1,10 +1,13 @@
 """layer_moments and concentration_penalty: values, derivatives, awkward input, registration."""
 
+import sys
+
 import pytest
 import reference
 import torch
 
 import wcr_fast
+from wcr_fast.backend import active_backend
 from wcr_fast.ops import moments as ops
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -188,6 +191,29 @@ def test_empty_list_generator_and_single_tensor():
     assert wcr_fast.layer_moments(torch.randn(2) for _ in range(4))[0].shape == (4,)
 
 
+def test_compiles_with_strided_weights():
+    w = torch.randn(6, 8).t()[::2].detach().requires_grad_()
+    compiled = torch.compile(wcr_fast.concentration_penalty, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled([w]), w)
+    (want,) = torch.autograd.grad(wcr_fast.concentration_penalty([w]), w)
+    assert torch.equal(got, want)
+
+
+def test_backward_keeps_the_backend_of_its_forward(monkeypatch):
+    import threading
+
+    w = torch.randn(5, 5, requires_grad=True)
+    seen = []
+    right = ops.path_for
+    monkeypatch.setattr(ops, "path_for", lambda tensors: seen.append(active_backend()) or right(tensors))
+    with wcr_fast.backend("torch"):
+        psi = wcr_fast.concentration_penalty([w])
+    thread = threading.Thread(target=psi.backward)
+    thread.start()
+    thread.join()
+    assert seen == ["torch", "torch"]
+
+
 def test_meta_tensors_give_shapes():
     mean, _ = wcr_fast.layer_moments([torch.empty(3, 3, device="meta")])
     assert mean.shape == (1,)
@@ -230,7 +256,7 @@ def test_backend_choice(monkeypatch):
     with pytest.raises(ValueError, match="backend must be"), wcr_fast.backend("cuda"):
         pass
     monkeypatch.setenv("WCR_FAST_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(sys.modules["wcr_fast.backend"], "interpreting", lambda: False)
     with pytest.raises(RuntimeError, match="interpreter"):
         wcr_fast.layer_moments([torch.ones(3)])
 

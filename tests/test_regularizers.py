@@ -1,6 +1,7 @@
 """The moments family: values, both gradient paths, choice of weights, refusals."""
 
 import copy
+import pickle
 
 import pytest
 import reference
@@ -108,6 +109,66 @@ def test_a_user_writes_one_in_a_few_lines(backend, device):
     assert reference.relative_error(through_loss, x.grad) < 5e-6
 
 
+def test_a_member_with_another_formula_forgets_the_old_one(backend, device):
+    class Var(wcr_fast.WCR):
+        def formula(self, mean, var, numel, total):
+            return var
+
+    w = torch.randn(8, 8).to(device).requires_grad_()
+    reg = Var([w], lam=1.0)
+    reg().backward()
+    through_loss, w.grad = w.grad, None
+    reg.add_grad_()
+    assert reference.relative_error(w.grad, through_loss.double()) < 5e-6
+
+
+def test_the_same_weights_twice_are_refused():
+    w = torch.randn(4, 4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"weights\[0\] and weights\[1\] are the same"):
+        wcr_fast.WCR([w, w])
+
+
+def test_a_replacement_of_another_size_or_kind_is_refused(net):
+    wcr = wcr_fast.WCR(net)
+    net.fc.weight = nn.Parameter(torch.randn(3, 3))
+    with pytest.raises(RuntimeError, match=r"fc\.weight was replaced"):
+        wcr()
+    net.fc.weight = nn.Parameter(torch.eye(11, 6).to_sparse())
+    with pytest.raises(TypeError, match="layout"):
+        wcr.add_grad_()
+
+
+def test_types_exclude_what_lies_inside():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
+    assert list(wcr_fast.WCR(model, exclude=nn.MultiheadAttention).weights) == ["fc.weight"]
+
+
+def test_norms_are_known_by_class_and_by_the_end_of_their_name():
+    class NormalizedLinear(nn.Linear):
+        pass
+
+    class LlamaRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 8))
+
+    model = nn.ModuleDict({"a": NormalizedLinear(8, 8), "b": LlamaRMSNorm()})
+    assert list(wcr_fast.WCR(model).weights) == ["a.weight"]
+
+
+def test_a_module_under_two_names_is_matched_by_both():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(4, 4)})
+    assert "a.weight = b.weight" in repr(wcr_fast.WCR(model))
+    assert list(wcr_fast.WCR(model, exclude="b").weights) == ["c.weight"]
+
+
+def test_pickles_also_when_attached(net):
+    wcr = wcr_fast.WCR([p for p in net.parameters() if p.dim() == 4])
+    wcr.attach(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert pickle.loads(pickle.dumps(wcr))().item() == pytest.approx(wcr().item())
+
+
 def test_a_formula_is_needed():
     with pytest.raises(TypeError, match="must define formula"):
         wcr_fast.Regularizer([torch.randn(3, 3)])()
@@ -139,6 +200,10 @@ def test_wrong_choices_are_named(net):
         wcr_fast.WCR(nn.LayerNorm(5))
     with pytest.raises(TypeError, match="exclude takes"):
         wcr_fast.WCR(net, exclude=[3])
+    with pytest.raises(TypeError, match="exclude takes"):
+        wcr_fast.WCR(net, exclude=None)
+    with pytest.raises(TypeError, match="weights must be"):
+        wcr_fast.WCR(None)
     with pytest.raises(ValueError, match="exclude needs a module"):
         wcr_fast.WCR(list(net.parameters())[:1], exclude="a")
     with pytest.raises(ValueError, match="lam must be finite"):
@@ -192,9 +257,11 @@ def test_lam_may_change_and_may_be_a_tensor(net):
 def test_frozen_and_replaced_parameters(net):
     wcr = wcr_fast.WCR(net)
     net.conv.weight.requires_grad_(False)
+    value = wcr().item()
     wcr.add_grad_()
     assert net.conv.weight.grad is None
     assert net.fc.weight.grad is not None
+    assert value == pytest.approx(wcr_fast.WCR(net)().item())
     state = {k: v.clone() for k, v in net.state_dict().items()}
     net.load_state_dict(state, assign=True)
     wcr.add_grad_()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from wcr_fast.table import upload
 
 if TYPE_CHECKING:
     from wcr_fast.regularizers import Regularizer
@@ -121,6 +125,8 @@ class _CurvatureWatch:
     def look(self, optimizer: torch.optim.Optimizer, owned: dict[int, dict[str, Any]], stats: Tensor) -> None:
         if self.done or not isinstance(optimizer, torch.optim.SGD):
             return
+        if stats.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         self._read()
         if self.steps % WATCH_EVERY == 0 and self.pending is None:
             self._measure(list(owned), list(owned.values()), stats)
@@ -128,8 +134,7 @@ class _CurvatureWatch:
 
     def _measure(self, indices: list[int], groups: list[dict[str, Any]], stats: Tensor) -> None:
         reg = self.regularizer
-        numel, total = reg._sizes(stats)
-        numel = numel[indices]
+        numel, total = reg._sizes(stats, indices)
         with torch.enable_grad():
             mean, var = stats[0].detach(), stats[1].detach().requires_grad_()
             f = reg.formula(mean, var, numel, total).sum()
@@ -139,19 +144,17 @@ class _CurvatureWatch:
             second = torch.zeros_like(slope)
             if slope.requires_grad:
                 (second,) = torch.autograd.grad(slope.sum(), var, allow_unused=True, materialize_grads=True)
-        step = torch.stack([torch.as_tensor(g["lr"], dtype=stats.dtype, device=stats.device) for g in groups])
-        step = step * reg.lam
-        limit = torch.tensor([_stable(g) for g in groups], dtype=stats.dtype, device=stats.device)
         slope = slope.detach()
-        excess = step * (4.0 * stats[1] * second + 2.0 * slope) / numel / limit
-        worst = excess.argmax()
-        factor = 1.0 - 2.0 * step * slope / numel
-        report = torch.stack([excess[worst], factor[worst], worst.to(stats.dtype)])
+        step = reg.lam * _per_layer([g["lr"] for g in groups], stats) / numel
+        limit = _per_layer([_stable(g) for g in groups], stats)
+        excess, worst = (step * (4.0 * stats[1] * second + 2.0 * slope) / limit).max(0)
+        factor = (1.0 - 2.0 * step * slope).gather(0, worst.view(1))[0]
+        report = torch.stack([excess, factor, worst.to(stats.dtype)])
         event = None
         if report.is_cuda:  # read some steps later, when the copy has arrived: no synchronisation
+            stream = torch.cuda.current_stream(report.device)
             report = report.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
+            event = stream.record_event()
         self.pending = (report, event, indices)
         self._read()
 
@@ -170,6 +173,13 @@ class _CurvatureWatch:
                 "or lam, or exclude it",
                 stacklevel=2,
             )
+
+
+def _per_layer(values: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """Return one value per layer where ``like`` is, without waiting for the device."""
+    if any(isinstance(v, Tensor) for v in values):
+        return torch.stack([torch.as_tensor(v, dtype=like.dtype).to(like.device, non_blocking=True) for v in values])
+    return upload(np.array(values, dtype=np.float64), like.device).to(like.dtype)
 
 
 def _stable(group: dict[str, Any]) -> float:

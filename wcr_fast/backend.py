@@ -11,6 +11,7 @@ import contextvars
 import functools
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -67,7 +68,10 @@ def triton_installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Tell whether Triton runs kernels in its interpreter (read by Triton when a kernel is imported)."""
+    """Tell whether Triton runs kernels in its interpreter: decided when they are first imported."""
+    tile = sys.modules.get("wcr_fast.kernels._tile")
+    if tile is not None:
+        return bool(tile.INTERPRETED.value)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -90,10 +94,12 @@ def use_triton(tensors: Sequence[torch.Tensor]) -> bool:
         if not triton_installed():
             _notice_no_triton()
             return False
-        return True
-    if not triton_installed():
+    elif not triton_installed():
         raise RuntimeError("backend 'triton' was asked for, but triton is not installed: pip install triton")
-    if not interpreting() and any(t.device.type != "cuda" for t in tensors):
+    if interpreting():
+        if any(t.device.type == "cuda" for t in tensors):
+            raise RuntimeError("Triton's interpreter can't read CUDA tensors: unset TRITON_INTERPRET")
+    elif any(t.device.type != "cuda" for t in tensors):
         raise RuntimeError(
             "backend 'triton' runs CPU tensors only in Triton's interpreter: "
             "set TRITON_INTERPRET=1 before wcr_fast's first use, or choose backend 'torch'"

@@ -11,13 +11,15 @@ directly (``add_grad_``), or does so before every optimizer step (``attach``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wcr_fast.attach import AttachHandle, attach
 from wcr_fast.ops.moments import add_grad_, check_constant, check_smoothing, moments_of, path_for, result_dtype
+from wcr_fast.table import upload
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
 
 
@@ -54,6 +56,13 @@ class Regularizer:
     default_lam: ClassVar[float] = 1e-4
     default_r: ClassVar[float] = 0.0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "formula" in cls.__dict__:  # another formula: what was known of the parent's no longer holds
+            cls.family = cls.__dict__.get("family")
+            if "derivatives" not in cls.__dict__:
+                cls.derivatives = Regularizer.derivatives
+
     def __init__(
         self,
         model: Weights,
@@ -75,7 +84,9 @@ class Regularizer:
         if not self._choice.weights:
             left = "; ".join(f"{n}: {why}" for n, why in self._choice.left_out[:8])
             raise ValueError(f"{name}: no weight to penalise" + (f" (left out: {left})" if left else ""))
-        self._numels = [w.param.numel() for w in self._choice.weights]
+        self._refuse_twice()
+        self._numels = tuple(w.param.numel() for w in self._choice.weights)
+        self._vectors: dict[tuple, Tensor] = {}
         self._refuse_degenerate()
 
     @property
@@ -116,8 +127,26 @@ class Regularizer:
         """Return which layers' terms can't be trained against, bool [L]: none unless a subclass says so."""
         return torch.zeros_like(var, dtype=torch.bool)
 
-    def _sizes(self, like: Tensor) -> tuple[Tensor, float]:
-        return torch.tensor(self._numels, dtype=like.dtype, device=like.device), float(sum(self._numels))
+    def _sizes(self, like: Tensor, indices: Sequence[int] | None = None) -> tuple[Tensor, float]:
+        """Return n of these layers [L] (all by default) where and as ``like`` is, and N of the whole regularizer."""
+        numels = self._numels if indices is None else tuple(self._numels[i] for i in indices)
+        total = float(sum(self._numels))
+        if torch.compiler.is_compiling():
+            return torch.tensor(numels, dtype=like.dtype, device=like.device), total
+        key = (numels, like.dtype, like.device)
+        if key not in self._vectors:  # uploaded once: a copy from pageable memory waits for the device
+            self._vectors[key] = upload(np.array(numels, dtype=np.float64), like.device).to(like.dtype)
+        return self._vectors[key], total
+
+    def _refuse_twice(self) -> None:
+        seen: dict[tuple, str] = {}
+        for weight in self._choice.weights:
+            key = (weight.param.device, weight.param.data_ptr())
+            if key in seen and key[1] != 0:
+                raise ValueError(
+                    f"{type(self).__name__}: {seen[key]} and {weight.label()} are the same weights; pass each once"
+                )
+            seen[key] = weight.label()
 
     def _refuse_degenerate(self) -> None:
         tensors = [w.param.detach() for w in self._choice.weights]
@@ -134,12 +163,26 @@ class Regularizer:
             )
 
     def __call__(self) -> Tensor:
-        """Return lam * psi as a 0-d tensor for the loss, float32 (float64 when any weight is)."""
-        tensors = [w.current() for w in self._choice.weights]
-        if not isinstance(self.lam, Tensor) and self.lam == 0.0:
+        """Return lam * psi as a 0-d tensor for the loss, float32 (float64 when any weight is).
+
+        Weights frozen since the choice are skipped.
+        """
+        active = self._active()
+        tensors = [self._choice.weights[i].current() for i in active or range(len(self._numels))]
+        if not active or (not isinstance(self.lam, Tensor) and self.lam == 0.0):
             return torch.zeros((), dtype=result_dtype(tensors), device=tensors[0].device)
         mean, var = moments_of(tensors, self.r)
-        return (self.lam * self.formula(mean, var, *self._sizes(mean)).sum()).to(mean.dtype)
+        return (self.lam * self.formula(mean, var, *self._sizes(mean, active)).sum()).to(mean.dtype)
+
+    def _active(self) -> list[int]:
+        """Return the places of the weights that are penalised now: those not frozen since the choice.
+
+        Tensors of a list without any requires_grad are taken as they are: a value is all that is wanted of them.
+        """
+        weights = self._choice.weights
+        if not any(w.param.requires_grad for w in weights):
+            return list(range(len(weights)))
+        return [i for i, w in enumerate(weights) if w.current().requires_grad]
 
     def add_grad_(self) -> None:
         """Add lam * grad psi to the weights' ``.grad``, without autograd; None becomes a new gradient.
@@ -149,7 +192,7 @@ class Regularizer:
         Raises:
             TypeError: a weight's gradient is sparse.
         """
-        self._add_grad([i for i, w in enumerate(self._choice.weights) if w.current().requires_grad], self.lam)
+        self._add_grad(self._active(), self.lam)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> AttachHandle:
         """Add the gradient before every step of an optimizer; return a handle with ``.remove()``.
@@ -172,7 +215,8 @@ class Regularizer:
         params = [self._choice.weights[i].current() for i in indices]
         for i, param in zip(indices, params, strict=True):
             if param.grad is None:
-                param.grad = torch.zeros_like(param)
+                # grad_dtype (torch 2.10 and later): None where any will do
+                param.grad = torch.zeros_like(param, dtype=getattr(param, "grad_dtype", None) or param.dtype)
             elif param.grad.layout != torch.strided:
                 name = self._choice.weights[i].name
                 raise TypeError(f"{type(self).__name__}: the gradient of {name} is sparse; use sparse=False there")
@@ -186,8 +230,7 @@ class Regularizer:
         return coef[0], stats
 
     def _derivatives_at(self, stats: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        numel, total = self._sizes(stats)
-        return self.derivatives(stats[0], stats[1], numel[list(indices)], total)
+        return self.derivatives(stats[0], stats[1], *self._sizes(stats, indices))
 
     def moments(self) -> dict[str, tuple[float, float]]:
         """Return (mean, variance) of the smooth magnitudes by name, as Python floats (one synchronisation)."""
@@ -195,6 +238,9 @@ class Regularizer:
             mean, var = moments_of([w.current() for w in self._choice.weights], self.r)
         rows = torch.stack([mean, var]).tolist()
         return {w.name: (m, v) for w, m, v in zip(self._choice.weights, *rows, strict=True)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_optimizers"}  # what it is attached to stays here
 
     def __repr__(self) -> str:
         lam = self.lam.item() if isinstance(self.lam, Tensor) else self.lam

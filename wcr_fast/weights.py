@@ -25,6 +25,7 @@ class Weight:
     out_dim: int = 0
     in_dim: int = -1
     owner: tuple[nn.Module, str] | None = None
+    groups: int = 1  # of a transposed convolution: inputs and outputs fall into so many independent parts
 
     def current(self) -> Tensor:
         """Return the module's parameter as it is now: it may have been replaced since the choice."""
@@ -34,6 +35,12 @@ class Weight:
         param = module._parameters.get(attribute)
         if param is None:
             raise RuntimeError(f"{self.name} is no longer a parameter of its module: choose the weights again")
+        if param is not self.param:
+            check_plain(param, self.name)
+            if param.numel() != self.param.numel():
+                raise RuntimeError(
+                    f"{self.name} was replaced by a parameter of another size, {tuple(param.shape)}: choose again"
+                )
         return param
 
     def label(self) -> str:
@@ -49,9 +56,13 @@ class Choice:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
+# torch's own by class; third-party ones (LlamaRMSNorm, GemmaRMSNorm, ...) share no base class but the name's ending.
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_NAME = re.compile(r".*norm(\d+d)?", re.IGNORECASE)
+
+
 def _is_norm(module: nn.Module) -> bool:
-    # Third-party layers (LlamaRMSNorm, ...) share no base class with torch's: the name is the convention.
-    return "norm" in type(module).__name__.lower() and not any(module.children())
+    return isinstance(module, _NORMS) or _NORM_NAME.fullmatch(type(module).__name__) is not None
 
 
 def _dims(module: nn.Module, param: Tensor) -> tuple[int, int]:
@@ -74,6 +85,8 @@ class Excluder:
     """Matches names against globs, ``re:`` patterns, module types and predicates; remembers what matched."""
 
     def __init__(self, exclude: Exclude) -> None:
+        if not isinstance(exclude, Iterable) and not callable(exclude):
+            raise TypeError(f"exclude takes patterns, module types or functions, got {type(exclude).__name__}")
         rules = [exclude] if isinstance(exclude, str) or callable(exclude) else list(exclude)
         self.patterns: dict[str, re.Pattern[str]] = {}
         self.types: list[type] = []
@@ -93,8 +106,11 @@ class Excluder:
                 raise TypeError(f"exclude takes patterns, module types or functions, got {type(rule).__name__}")
         self.matched: set[str] = set()
 
-    def reason(self, name: str, module: nn.Module | None, param: Tensor | None) -> str | None:
-        """Return why a name is left out, or None; a pattern may match a parent's name too."""
+    def reason(self, name: str, modules: Iterable[nn.Module], param: Tensor | None) -> str | None:
+        """Return why a name is left out, or None.
+
+        A pattern may match the name of any module around it, and a type any of these modules, outermost first.
+        """
         parts = name.split(".")
         candidates = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         hits = [rule for rule, pattern in self.patterns.items() if any(pattern.fullmatch(c) for c in candidates)]
@@ -102,11 +118,14 @@ class Excluder:
         if hits:
             return f"excluded by {hits[0]!r}"
         for kind in self.types:
-            if isinstance(module, kind):
+            if any(isinstance(module, kind) for module in modules):
                 return f"excluded as {kind.__name__}"
         if any(predicate(name, param) for predicate in self.predicates):
             return "excluded by a function"
         return None
+
+    def __bool__(self) -> bool:
+        return bool(self.patterns or self.types or self.predicates)
 
     def check_all_matched(self, known: list[str]) -> None:
         """Raise ValueError for a pattern that matched none of the names seen, listing the known ones."""
@@ -117,7 +136,7 @@ class Excluder:
 
 
 def _unfit(module: nn.Module, param: Tensor, trainable: bool) -> str | None:
-    if not param.is_floating_point():
+    if not param.is_floating_point() or param.element_size() < 2:
         return f"dtype {param.dtype}"
     if param.dim() < 2:
         return f"{param.dim()}-d"
@@ -146,20 +165,27 @@ def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False) 
         ValueError: when a pattern matches no parameter's name, or parameters are empty placeholders.
     """
     excluder = Excluder(exclude)
+    modules = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, list[tuple[str, nn.Module, Tensor]]] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in modules.items():
         for local, param in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             owners.setdefault(id(param), []).append((name, module, param))
+
+    def around(name: str) -> list[nn.Module]:
+        parts = name.split(".")
+        return [modules[".".join(parts[:i])] for i in range(len(parts))]
+
     choice = Choice([])
     known: list[str] = []
     for uses in owners.values():
         names = tuple(name for name, _, _ in uses)
         known.extend(names)
-        check_plain(uses[0][2], names[0])
         param = uses[0][2]
-        reasons = [excluder.reason(name, module, param) for name, module, _ in uses]
+        reasons = [excluder.reason(name, around(name), param) for name in names]
         reason = next((r for r in reasons if r), None)
+        if reason is None:
+            check_plain(param, names[0])
         reason = reason or next((r for _, module, _ in uses if (r := _unfit(module, param, trainable))), None)
         if reason:
             choice.left_out.append((" = ".join(names), reason))
@@ -194,11 +220,11 @@ def as_weights(weights: Weights, *, op: str, exclude: Exclude = (), trainable: b
     """
     if isinstance(weights, nn.Module):
         return choose(weights, exclude=exclude, trainable=trainable).weights
-    if not isinstance(exclude, (str, type)) and not callable(exclude):
-        exclude = tuple(exclude)
-    if exclude:
+    if Excluder(exclude):
         raise ValueError(f"{op}: exclude needs a module; leave the tensors out of the list instead")
     single = isinstance(weights, Tensor)
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"{op}: weights must be a tensor, a module or an iterable, got {type(weights).__name__}")
     listed: list[Weight] = []
     for i, tensor in enumerate([weights] if single else weights):
         name = "weights" if single else f"weights[{i}]"

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from wcr_fast.backend import use_triton
+from wcr_fast.backend import active_backend, backend, use_triton
 from wcr_fast.weights import Weights, as_weights
 
 _lib = torch.library.Library("wcr_fast", "FRAGMENT")
@@ -85,14 +85,19 @@ torch.library.register_fake("wcr_fast::layer_moments_backward", _backward_fake)
 torch.library.register_fake("wcr_fast::add_moments_grad_", lambda *args: None)
 
 
+# Autograd runs backward in threads of its own, where a ``with backend(...)`` block doesn't reach: ctx carries it.
+
+
 def _setup_forward(ctx, inputs, output) -> None:
     weights, ctx.r = inputs
+    ctx.backend = active_backend()
     ctx.save_for_backward(output[2], *weights)
 
 
 def _backward_of_forward(ctx, grad_mean: Tensor, grad_var: Tensor, _grad_stats: Tensor):
     stats, *weights = ctx.saved_tensors
-    return torch.ops.wcr_fast.layer_moments_backward(weights, stats, grad_mean, grad_var, ctx.r), None
+    with backend(ctx.backend):
+        return torch.ops.wcr_fast.layer_moments_backward(weights, stats, grad_mean, grad_var, ctx.r), None
 
 
 def _setup_backward(ctx, inputs, output) -> None:

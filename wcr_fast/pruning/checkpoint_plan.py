@@ -50,7 +50,7 @@ def choose_stored(
     try:
         excluder = Excluder(exclude)
         for shard, info in stored:
-            reason = excluder.reason(info.name, None, None) or _unfit(info, packed)
+            reason = excluder.reason(info.name, (), None) or _unfit(info, packed)
             if reason:
                 left_out.append((info.name, reason))
             else:

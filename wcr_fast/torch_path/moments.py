@@ -183,9 +183,8 @@ def add_grad_(
 
 def _written(tensor: Tensor, layer: tuple[float, ...], scratch: _Scratch) -> Tensor:
     out = torch.empty_like(tensor)
-    if not same_layout(out, tensor):
-        tensor = tensor.contiguous()
-        out = torch.empty_like(tensor)
+    if not same_layout(out, tensor):  # gaps or overlaps: the result has none
+        tensor = torch.empty_like(out).copy_(tensor)
     for o, block in zip(_blocks(flat_view(out)), _blocks(flat_view(tensor)), strict=True):
         _put(o, scratch.widened("x", block), layer, scratch, add=False)
     return out
