@@ -26,7 +26,15 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
-        "test": [*DEMO, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.15", "setuptools>=77"],
+        "test": [
+            *DEMO,
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "ruff>=0.15",
+            "setuptools>=77",
+        ],
     },
     entry_points={"console_scripts": ["wcr-fast=wcr_fast.cli:main"]},
     classifiers=[

@@ -1,6 +1,6 @@
 """Compile every kernel without a GPU and print what came out: registers, spills, shared memory, load width.
 
-    python -m benchmarks.codegen [--json] [--target sm_90 ...] [--only WORD]
+    python -m benchmarks.codegen [--json] [--target sm_90 ...] [--only WORD] [--essential]
 
 The exit code is 1 when a kernel spills, or when the full-chunk path of a kernel that streams weights has no
 128-bit loads on sm_90. SASS per element counts the machine instructions in the loop of the full-chunk path over
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from wcr_fast.kernels import mask, moments, rows, select
@@ -39,6 +40,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 GATED = "sm_90"
+SCHEMA = "wcr-fast/codegen/1"
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,20 @@ def _inspect_number(job: tuple[int, str]) -> Report:
     return inspect(_variants_once()[job[0]], job[1])
 
 
+def is_essential(variant: Variant) -> bool:
+    """Tell whether tests compile a variant; float16 differs from bfloat16 in conversions only."""
+    return variant.essential and variant.constants.get("DTYPE") != tl.float16
+
+
+def record(reports: list[Report]) -> str:
+    """Return the reports as JSON: a header, the names of the columns, and one line per compiled kernel."""
+    problems = sum(bool(r.problems) for r in reports)
+    head = {"schema": SCHEMA, "triton": triton.__version__, "compiled": len(reports), "problems": problems}
+    head["columns"] = [field.name for field in fields(Report)]
+    lines = ",\n".join("  " + json.dumps(astuple(r)) for r in reports)
+    return json.dumps(head)[:-1] + f',\n "rows": [\n{lines}\n]}}'
+
+
 @functools.cache
 def _variants_once() -> list[Variant]:
     return all_variants()
@@ -208,20 +224,21 @@ def table(reports: list[Report]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Compile, print, and return 1 when something spills or reads narrowly."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.codegen", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
+    parser.add_argument("--json", action="store_true", help="print a JSON record instead of the table")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only these (default: all)")
     parser.add_argument("--only", default="", metavar="WORD", help="only variants with this in kernel or label")
+    parser.add_argument("--essential", action="store_true", help="only what the tests compile: one of each loop")
     args = parser.parse_args(argv)
     jobs = [
         (number, target)
         for number, variant in enumerate(_variants_once())
         for target in args.target or TARGETS
-        if args.only in f"{variant.kernel.__name__} {variant.label}"
+        if args.only in f"{variant.kernel.__name__} {variant.label}" and (is_essential(variant) or not args.essential)
     ]
     # Threads would wait for each other: most of a compilation is Python and one process's LLVM.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         reports = list(pool.map(_inspect_number, jobs))
-    print(json.dumps([asdict(r) for r in reports], indent=1) if args.json else table(reports))
+    print(record(reports) if args.json else table(reports))
     failed = [r for r in reports if r.problems]
     if failed:
         print(f"{len(failed)} of {len(reports)} compiled kernels have problems", file=sys.stderr)

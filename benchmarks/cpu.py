@@ -7,9 +7,9 @@ streaming of a 2 GB safetensors file against cp + sync (needs 6 GB of disk), ``-
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import wcr_fast
-from benchmarks.machine import machine
 from benchmarks.shapes import make, resnet18, small_tensors
 from benchmarks.timing import interleaved
+from wcr_fast.machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import reference
@@ -114,14 +114,24 @@ def prune_rows(shapes: list[tuple[int, ...]], *, sparsity: float, rounds: int) -
     return interleaved(sides, rounds=rounds, warmup=1)
 
 
-MEMORY_PROBE = """
-import resource, torch, wcr_fast
-wcr_fast.prune_([torch.randn(1000, 1000)], 0.5)
+# VmHWM, not ru_maxrss: the latter counts what the parent held when it forked.
+PEAK = """
+def status(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+"""
+MEMORY_PROBE = f"""{PEAK}
+import torch, wcr_fast
 weights = [torch.randn(1000, 1000) for _ in range(100)]
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = status("VmRSS")
 record = wcr_fast.prune_(weights, 0.9)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024)
+print(status("VmHWM") - before)
+"""
+PRUNE_PROBE = f"""{PEAK}
+import sys
+from wcr_fast.cli import main
+code = main(sys.argv[1:])
+print(status("VmHWM"))
+raise SystemExit(code)
 """
 
 
@@ -140,8 +150,9 @@ def checkpoint_rows(dtype: torch.dtype, folder: Path) -> dict[str, float]:
     rows = (32 << 20) // (4096 * torch.empty(0, dtype=dtype).element_size())
     save_file({f"w{i}": torch.randn(rows, 4096).to(dtype) for i in range(count)}, source)
 
-    def timed(run: Callable[[], object], target: Path) -> float:
-        target.unlink(missing_ok=True)
+    def timed(run: Callable[[], object]) -> float:
+        for old in (copy, pruned):
+            old.unlink(missing_ok=True)
         os.sync()
         with source.open("rb") as file:  # into the page cache
             while file.read(1 << 24):
@@ -154,26 +165,35 @@ def checkpoint_rows(dtype: torch.dtype, folder: Path) -> dict[str, float]:
         subprocess.run(["cp", source, copy], check=True)
         subprocess.run(["sync", copy], check=True)
 
-    command = [sys.executable, "-m", "wcr_fast", "prune"]
-    start = min(timed(lambda: subprocess.run([*command, "--help"], capture_output=True), pruned) for _ in range(3))
-    run = [*command, str(source), str(pruned), "--sparsity", "0.9"]
-    pairs = []
-    for _ in range(3):
-        ours = timed(lambda: subprocess.run(run, capture_output=True, check=True), pruned) - start
-        pairs.append((ours, timed(copy_and_sync, copy)))
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    probe = [sys.executable, "-c", PRUNE_PROBE, "prune"]
+    peaks = []
+
+    def prune_file() -> None:
+        run = [*probe, str(source), str(pruned), "--sparsity", "0.9", "--json"]
+        out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        peaks.append(int(out.splitlines()[-1]))
+
+    def start_only() -> None:
+        subprocess.run([*probe, "--help"], capture_output=True, check=True)
+
+    start = min(timed(start_only) for _ in range(3))
+    pairs = [(timed(prune_file) - start, timed(copy_and_sync)) for _ in range(3)]
     ours, theirs = (sorted(column)[1] for column in zip(*pairs, strict=True))
-    return {"prune": ours, "cp_sync": theirs, "peak_bytes": peak}
+    return {"prune": ours, "cp_sync": theirs, "peak_bytes": max(peaks)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument("--checkpoint", action="store_true", help="also stream a 2 GB file (6 GB of disk)")
+    parser.add_argument("--dir", help="where the checkpoints go for a while (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, help="write the record as JSON")
     args = parser.parse_args()
-    record: dict[str, object] = {"machine": machine(), "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]])}
-
+    record: dict[str, object] = {
+        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": {**describe_machine(), "threads": torch.get_num_threads()},
+    }
     ms = record["seconds"] = {}
     ms["resnet18"] = penalty_rows(resnet18(), compiled=True, rounds=args.rounds)
     ms["small_1000"] = penalty_rows(small_tensors(), compiled=False, rounds=args.rounds)
@@ -195,7 +215,7 @@ def main() -> None:
     ]
     if args.checkpoint:
         for dtype in (torch.float32, torch.bfloat16):
-            folder = Path(tempfile.mkdtemp(dir="."))
+            folder = Path(tempfile.mkdtemp(prefix="wcr-fast-", dir=args.dir))
             try:
                 times = ms[f"checkpoint_{dtype}"] = checkpoint_rows(dtype, folder)
             finally:

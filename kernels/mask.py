@@ -405,7 +405,9 @@ def variants() -> list[Variant]:
             label = f"{dtype} {n}:{m}".replace("torch.", "")
             constants = _nm_constants(dtype, n, m, False)
             streams = int(constants["WIDTH"] == m)
-            listed.append(Variant(_nm_kernel, label, nm, constants, config("nm", dtype).warps, streams))
+            essential = (n, m) in ((2, 4), (2, 3), (8, 16))
+            warps = config("nm", dtype).warps
+            listed.append(Variant(_nm_kernel, label, nm, constants, warps, streams, essential))
         constants = _nm_constants(dtype, 2, 4, True)
         label = f"{dtype} 2:4 mask".replace("torch.", "")
         listed.append(Variant(_nm_kernel, label, nm, constants, config("nm", dtype).warps))

@@ -105,8 +105,15 @@ def _merged(partials_ptr, first_chunk, num_chunks, numel):
 
 
 @triton.jit
+def _ratio(numerator, denominator):
+    """Divide, with 0 where the denominator is 0: no spread or no weight, no value and no pull."""
+    none = denominator == 0.0
+    return tl.where(none, 0.0, numerator) / tl.where(none, 1.0, denominator)
+
+
+@triton.jit
 def _formula(m, v, n, total, eps, FAMILY: tl.constexpr):
-    """Return f(m, V, n, N) of one family and its derivatives by m and V."""
+    """Return f(m, V, n, N) of one family and its derivatives by m and V, in the torch path's order of divisions."""
     if FAMILY == "wcr":
         f = 1.0 / (v + eps)
         by_mean, by_var = m * 0.0, -f * f
@@ -114,15 +121,18 @@ def _formula(m, v, n, total, eps, FAMILY: tl.constexpr):
         f, by_mean, by_var = n * m, n, m * 0.0
     elif FAMILY == "hoyer_square":
         q = m * m + v
-        f, by_mean, by_var = n * m * m / q, 2.0 * n * m * v / (q * q), -n * m * m / (q * q)
+        f = _ratio(n * m * m, q)
+        by_mean, by_var = _ratio(2.0 * n * _ratio(m, q) * v, q), -_ratio(f, q)
     else:
         q = v + eps * m * m
+        f = _ratio(m * m, q)
         if FAMILY == "relative":
-            f, by_mean, by_var = m * m / q, 2.0 * m * v / (q * q), -m * m / (q * q)
+            by_mean, by_var = _ratio(2.0 * _ratio(m, q) * v, q), -_ratio(f, q)
         else:
             tl.static_assert(FAMILY == "log", "unknown family")
             share = n / total
-            f, by_mean, by_var = share * tl.log(m * m / q), 2.0 * share * v / (m * q), -share / q
+            f = share * tl.log(tl.where(f == 0.0, 1.0, f))
+            by_mean, by_var = 2.0 * share * _ratio(_ratio(v, q), m), -_ratio(share, q)
     return f, by_mean, by_var
 
 
@@ -182,12 +192,6 @@ def _moments_kernel(
         if FAMILY is not None:
             n = numel.to(tl.float64)
             f, by_mean, by_var = _formula(m, v, n, tl.full((), total, tl.float64), from_pair(eps_high, eps_low), FAMILY)
-            if (FAMILY != "wcr") and (FAMILY != "l1"):
-                # A tensor of zeros has no direction to be concentrated in: no value, no pull.
-                zero = (m == 0.0) & (v == 0.0)
-                f = tl.where(zero, 0.0, f)
-                by_mean = tl.where(zero, 0.0, by_mean)
-                by_var = tl.where(zero, 0.0, by_var)
             tl.store(coef_ptr + column, f)
             tl.store(coef_ptr + num_layers + column, by_mean)
             tl.store(coef_ptr + 2 * num_layers + column, by_var)
@@ -392,7 +396,10 @@ def variants() -> list[Variant]:
         for smooth, family in forms:
             label = f"{name} {family or 'stats'} {'smooth' if smooth else 'r=0'}"
             constants = _moments_constants(dtype, smooth, family)
-            listed.append(Variant(_moments_kernel, label, signature, constants, config("moments", dtype).warps))
+            # A family is a few instructions at the very end: the two longest formulas stand for all.
+            essential = (smooth and family in ("wcr", "log")) or not smooth
+            warps = config("moments", dtype).warps
+            listed.append(Variant(_moments_kernel, label, signature, constants, warps, essential=essential))
         signature = {**tables, "grad_addrs_ptr": "*i64", "stats_ptr": "*fp64", "coef_ptr": "*fp64"}
         signature |= {"lam_ptr": "*fp32", "lam_high": "fp32", "lam_low": "fp32"}
         signature |= {**dict.fromkeys(pairs, "fp32"), "num_layers": "i32"}

@@ -70,15 +70,16 @@ def _cut_row(
     bins = tl.arange(0, _BINS)
     KEY: tl.constexpr = tl.int64 if KEY_BITS == 64 else tl.int32
     prefix = tl.zeros((), KEY)
-    remaining = keep.to(tl.int32)
+    # Numbers of elements are 64-bit: nothing but memory limits the length of a row.
+    remaining = keep.to(tl.int64)
     largest = tl.zeros((), KEY)
     for digits_left in range(KEY_BITS // 8, 0, -1):
         shift = 8 * (digits_left - 1)
-        counts = tl.zeros((_BINS,), tl.int32)
+        counts = tl.zeros((_BINS,), tl.int64)
         for start in range(0, n, BLOCK):
             _, key = _row_keys(ptr, layout_ptr, start + lanes, n, KEY_BITS, FLAT)
             shares = (key >= 0) & (((key >> shift) >> 8) == prefix)
-            counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), _BINS, mask=shares)
+            counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), _BINS, mask=shares).to(tl.int64)
             if digits_left == KEY_BITS // 8:
                 largest = tl.maximum(largest, tl.max(key))
         from_top = tl.sum(counts) - tl.cumsum(counts, axis=0) + counts
@@ -87,7 +88,7 @@ def _cut_row(
         prefix = (prefix << 8) | digit.to(KEY)
     cut = tl.where(keep == 0, INF + 1, prefix).to(KEY)
     if TO_MASK or largest <= INF:
-        before = tl.zeros((), tl.int32)
+        before = tl.zeros((), tl.int64)
         for start in range(0, n, BLOCK):
             offs = start + lanes
             x, key = _row_keys(ptr, layout_ptr, offs, n, KEY_BITS, FLAT)

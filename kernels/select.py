@@ -30,6 +30,8 @@ _CHUNK = tl.constexpr(CHUNK)
 # Cuts refined by one program.
 _REFINE_ROWS = 8
 
+# The key of infinity; what lies above is NaN. The torch path has its own copy in wcr_fast.torch_path.cuts: kernels
+# import nothing from the package, and that path imports nothing that needs Triton.
 INF_KEYS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 INF_KEYS[torch.float64] = 0x7FF0000000000000
 
@@ -276,7 +278,8 @@ def variants() -> list[Variant]:
             label = f"{dtype} as {key_dtype}, {'first' if first else 'later'} digit".replace("torch.", "")
             constants = _histogram_constants(dtype, key_dtype, False, first)
             warps = config("histogram", dtype).warps
-            listed.append(Variant(_histogram_kernel, label, histogram, constants, warps))
+            essential = dtype == key_dtype or not first
+            listed.append(Variant(_histogram_kernel, label, histogram, constants, warps, essential=essential))
     refine = {"hist_ptr": "*i64", "prefix_ptr": "*i64", "remaining_ptr": "*i64"}
     refine |= {"num_cuts": "i32", "num_queries": "i32"}
     for first in (True, False):

@@ -51,6 +51,10 @@ def test_each_point_is_one_shot_pruning(scope, backend, device):
     assert curve.values[0] is curve.points[0].value
 
 
+def test_no_sparsity_gives_no_point(backend, device):
+    assert pruning_curve(net(device), zeros, []).points == []
+
+
 def test_buffers_and_flags_come_back():
     model = net()
     model[1].eval()
@@ -115,6 +119,9 @@ def test_refuses_wrong_arguments():
     model = net()
     with pytest.raises(TypeError, match="model must be a module"):
         pruning_curve([torch.ones(3)], zeros, [0.5])
+    for sparsities in (0.5, torch.tensor(0.5)):
+        with pytest.raises(TypeError, match="sparsities must be several numbers"):
+            pruning_curve(model, zeros, sparsities)
     with pytest.raises(ValueError, match="scope must be"):
         pruning_curve(model, zeros, [0.5], scope="2:4")
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):

@@ -10,7 +10,9 @@ if TRITON_SKIP:
 
 from wcr_fast.kernels.launch import CHUNK, float_pair
 
+import wcr_fast
 import wcr_fast.table as tables
+from wcr_fast.torch_path import moments as torch_moments
 from wcr_fast.torch_path.cuts import Cuts
 from wcr_fast.triton_path import moments, select
 
@@ -84,6 +86,78 @@ def test_gradient_in_another_layout_than_its_weight():
         torch.testing.assert_close(grad, written, rtol=0, atol=0, check_stride=False)
 
 
+@pytest.mark.parametrize("path", [moments, torch_moments], ids=["triton", "torch"])
+@pytest.mark.parametrize("lam", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("weight_dtype", "grad_dtype"),
+    [
+        (torch.bfloat16, FP32),
+        (FP32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (FP32, torch.float64),
+        (torch.float64, FP32),
+    ],
+)
+def test_gradient_of_another_dtype_than_its_weight(path, lam, weight_dtype, grad_dtype):
+    lam = lam.to(DEVICE) if isinstance(lam, torch.Tensor) else lam
+    strided = normal(9, 8, dtype=weight_dtype)[:, ::2]
+    weights = [normal(300, dtype=weight_dtype), normal(4, 6, dtype=weight_dtype).t(), strided, normal(0), normal(20)]
+    stats = coef = None
+    if path is moments:
+        stats, coef = path.layer_moments(weights, 1e-8, ("wcr", 1e-8))
+    else:
+        stats, _ = path.layer_moments(weights, 1e-8)
+        coef = torch.stack([1 / (stats[1] + 1e-8), 0 * stats[1], -((stats[1] + 1e-8) ** -2)])
+    guarded = [torch.ones(w.numel() + 64, dtype=grad_dtype, device=DEVICE) for w in weights[:4]]
+    grads = [g[32:-32].view(w.shape) for g, w in zip(guarded, weights, strict=False)]
+    grads.append(torch.ones_like(weights[4]))
+    path.add_grad_(grads, weights, stats, coef, lam, 1e-8)
+    tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11, FP32: 1e-5, torch.float64: 1e-5}
+    for w, grad in zip(weights, grads, strict=True):
+        if w.numel():
+            x = w.double()
+            a = (x.square() + 1e-8).sqrt()
+            var = a.var(unbiased=False)
+            wanted = 1 - 0.25 * 2 / w.numel() / (var + 1e-8) ** 2 * x / a * (a - a.mean())
+            error = (grad.double() - wanted).abs().max() / wanted.abs().max()
+            # The torch path may round to the weight's dtype on the way where the layouts differ.
+            rounded = (grad.dtype, w.dtype) if path is torch_moments else (grad.dtype,)
+            assert error <= max(tolerance[dtype] for dtype in rounded)
+    assert all((g[:32] == 1).all() and (g[-32:] == 1).all() for g in guarded)
+
+
+@pytest.mark.parametrize("grad_dtype", [FP32, torch.float64])
+def test_equal_magnitudes_give_zero_in_a_gradient_of_another_dtype(grad_dtype):
+    weight = torch.full((1000,), 0.3, dtype=torch.bfloat16 if grad_dtype == FP32 else FP32, device=DEVICE)
+    weight[::3] *= -1
+    stats, coef = moments.layer_moments([weight], 1e-8, ("wcr", 1e-8))
+    grad = torch.zeros(1000, dtype=grad_dtype, device=DEVICE)
+    moments.add_grad_([grad], [weight], stats, coef, 1.0, 1e-8)
+    assert not grad.any()
+
+
+def test_gradient_on_another_device_than_its_weight():
+    weight = normal(5)
+    stats, coef = moments.layer_moments([weight], 1e-8, ("wcr", 1e-8))
+    with pytest.raises(ValueError, match=r"grads\[1\] is on meta"):
+        moments.add_grad_([normal(5), weight.to("meta")], [weight, weight], stats, coef, 1.0, 1e-8)
+
+
+@pytest.mark.parametrize("values", [[2.0, 2.0, 2.0], [0.0, 0.0], [1e-100, 3e-100], [1.0, 3.0]])
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize(
+    "member", [wcr_fast.HoyerSquare, wcr_fast.RelativeConcentration, wcr_fast.LogConcentration], ids=lambda m: m.family
+)
+def test_coefficients_are_those_of_the_torch_path(member, eps, values):
+    weights = [torch.tensor(values, dtype=torch.float64, device=DEVICE), normal(50)]
+    stats, coef = moments.layer_moments(weights, 0.0, (member.family, eps))
+    penalty = member([normal(50)], eps=eps)
+    numel = torch.tensor([len(values), 50.0], dtype=torch.float64, device=DEVICE)
+    wanted = torch.stack(penalty.derivatives(stats[0], stats[1], numel, float(numel.sum())))
+    assert coef.isfinite().all()
+    torch.testing.assert_close(coef, wanted, rtol=1e-12, atol=0)
+
+
 def test_a_table_is_built_once_and_again_when_something_moved(monkeypatch):
     weights = [normal(5), normal(CHUNK + 1), normal(0)]
     positions = [0, 1]
@@ -105,6 +179,64 @@ def test_addresses_are_sent_again_only_when_they_changed(monkeypatch):
     assert sent.tolist() == [g.data_ptr() for g in grads]
     monkeypatch.setattr(tables, "upload", lambda *_: pytest.fail("sent again"))
     assert table.addresses([g.detach() for g in grads]) is sent
+
+
+def test_nothing_is_made_while_a_graph_is_captured(monkeypatch):
+    weights, grads = [normal(6)], [normal(6)]
+    other, more = [normal(7)], [normal(6)]
+    table = tables.build_table(weights, [0], CHUNK)
+    scratch, sent = table.scratch("counters", 1, torch.int32), table.addresses(grads)
+    monkeypatch.setattr(tables, "_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "_captured", {})
+    for make in (
+        lambda: tables.build_table(other, [0], CHUNK),
+        lambda: table.scratch("partials", 2, torch.float64),
+        lambda: table.addresses(more),
+    ):
+        with pytest.raises(RuntimeError, match="run the op once on the capture stream before capturing"):
+            make()
+    # What is there may be used, and stays as long as the graph may be replayed.
+    assert tables.build_table(weights, [0], CHUNK) is table
+    assert table.scratch("counters", 1, torch.int32) is scratch
+    assert table.addresses(grads) is sent
+    assert [kept is used for kept, used in zip(tables._captured.values(), (table, sent), strict=True)] == [True, True]
+    monkeypatch.undo()
+    built = tables.build_table(other, [0], CHUNK)
+    assert built.rows[0].tolist() == [other[0].data_ptr(), 7, 0, 0]
+    assert table.addresses(more).tolist() == [more[0].data_ptr()]
+
+
+@pytest.mark.cuda
+def test_a_captured_penalty_replays():
+    weights = [torch.nn.Parameter(normal(*shape)) for shape in ((300, 200), (64, 3, 3, 3))]
+    penalty = wcr_fast.WCR(weights, lam=0.5)
+    for w in weights:
+        w.grad = torch.zeros_like(w)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    refused = pytest.raises(RuntimeError, match="run the op once on the capture stream before capturing")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        penalty.add_grad_()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        penalty.add_grad_()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, stream=stream):
+        penalty.add_grad_()
+    tables._build.cache_clear()  # the graph must not depend on the cache
+    with torch.no_grad():
+        for w in weights:
+            w.mul_(1.5)
+    for w in weights:
+        w.grad.zero_()
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    replayed = [w.grad.clone() for w in weights]
+    for w in weights:
+        w.grad.zero_()
+    penalty.add_grad_()
+    for w, got in zip(weights, replayed, strict=True):
+        torch.testing.assert_close(got, 2 * w.grad)
 
 
 def test_scratch_is_left_ready_for_the_next_call():

@@ -7,8 +7,10 @@ import math
 import pytest
 import reference_selection as ref
 import torch
+from conftest import CUDA
 from torch import nn
 
+from wcr_fast.pruning.magnitude import magnitude_masks
 from wcr_fast.pruning.prune import prune_
 
 
@@ -51,7 +53,8 @@ def test_prunes_what_the_stable_sort_says(scope, backend, device):
 def test_ties_odd_layouts_and_signed_zeros(dtype, backend, device):
     base = torch.randint(-2, 3, (12, 20), device=device).to(dtype)
     signed = torch.tensor([0.0, -0.0, -0.0, 1.0, -0.0, math.inf], dtype=dtype, device=device)
-    for sparsity in (0.05, 0.15, 0.3, 0.5, 0.8, 0.99):
+    interpreted = backend == "triton" and not CUDA  # at some 6 ms a program, one sparsity has to do
+    for sparsity in (0.3,) if interpreted else (0.05, 0.15, 0.3, 0.5, 0.8, 0.99):
         weights = [
             base.clone(),
             signed.clone(),
@@ -127,6 +130,42 @@ def test_rows_and_groups_follow_the_layer_kind(backend, device):
         for module, mask, original in zip(model, wanted, (up, down), strict=True):
             assert torch.equal(module.weight.detach(), torch.where(mask.to(device), original, 0.0))
         assert record.removed == sum(int((~m).sum()) for m in wanted)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_of_a_transposed_convolution_are_apart(groups, backend, device):
+    """An output's weights are those of its group's inputs, and a group of m inputs lies within one of them."""
+    layer = nn.ConvTranspose2d(12, 8, (2, 1), groups=groups).to(device)
+    with torch.no_grad():
+        layer.weight.mul_(9).round_()  # ties
+    original = layer.weight.detach().clone()
+    for scope, sparsity in (("row", 0.4), ("2:4", None)):
+        parts = original.chunk(groups)
+        masks = [ref.rows(p, 0.4, out_dim=1) if scope == "row" else ref.nm(p, 2, 4, in_dim=0) for p in parts]
+        wanted = torch.cat(masks)
+        assert torch.equal(magnitude_masks(layer, sparsity, scope=scope)[0].cpu(), wanted)
+        record = prune_(layer, sparsity, scope=scope)
+        assert torch.equal(layer.weight.detach(), torch.where(wanted.to(device), original, 0.0))
+        assert record.removed == record.asked == int((~wanted).sum())
+        assert record.zeros == int((layer.weight == 0).sum())
+        if scope == "2:4":
+            assert ("fill no group of 4" in record.per_layer[0].note) == (12 // groups % 4 > 0)
+        with torch.no_grad():
+            layer.weight.copy_(original)
+
+
+def test_records_of_large_strided_weights_count_their_zeros():
+    base = (torch.randn(250, 800) * 3).round()
+    for scope, sparsity, mask in (("row", 0.5, ref.rows), ("2:4", None, None)):
+        for make in (lambda: [base.clone()[:, ::4]], lambda: [torch.ones(2, 4), base.bfloat16()]):
+            weights = make()
+            originals = [w.clone() for w in weights]
+            record = prune_(weights, sparsity, scope=scope)
+            masks = [mask(w, 0.5) if mask else ref.nm(w, 2, 4) for w in originals]
+            for found, wanted in zip(weights, ref.prune(originals, masks), strict=True):
+                assert torch.equal(found, wanted)
+            assert [layer.zeros for layer in record.per_layer] == [int((w == 0).sum()) for w in weights]
+            assert record.pruned_now == record.zeros - sum(int((w == 0).sum()) for w in originals)
 
 
 def test_a_remainder_stays_dense_and_is_named(backend, device):
@@ -225,7 +264,7 @@ def test_nan_is_named_before_anything_is_written(sparsity, scope, backend, devic
     with torch.no_grad():
         net[4].weight[2, 3] = math.nan
     before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ValueError, match=r"prune_: 4\.weight holds NaN"):
+    with pytest.raises(ValueError, match=r"prune_: 4\.weight holds NaN.*nothing was written"):
         prune_(net, sparsity, scope=scope)
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0))

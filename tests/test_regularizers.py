@@ -320,6 +320,15 @@ def test_inside_a_compiled_step(net):
     torch.testing.assert_close(got, net.conv.weight.grad)
 
 
+def test_add_grad_compiles_fullgraph(net):
+    wcr = wcr_fast.WCR(net, lam=1.0)
+    wcr.add_grad_()
+    want = net.conv.weight.grad.clone()
+    net.conv.weight.grad.zero_()
+    torch.compile(wcr.add_grad_, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(net.conv.weight.grad, want)
+
+
 def test_model_with_attached_regularizer_deepcopies(net):
     wcr_fast.WCR(net).attach(torch.optim.SGD(net.parameters(), lr=0.1))
     assert torch.equal(copy.deepcopy(net).fc.weight, net.fc.weight)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import wcr_fast
 from wcr_fast.backend import interpreting, triton_installed
+from wcr_fast.errors import UsageError
 from wcr_fast.pruning.magnitude import magnitude_masks, magnitude_threshold
 from wcr_fast.pruning.prune import prune_
 
@@ -28,9 +31,22 @@ FAMILIES = (
 )
 
 
+# Weights compared with float64, which takes the CPU seconds; only the timing uses more. The interpreter takes
+# milliseconds per program.
+CHECKED, CHECKED_WITH_GPU, CHECKED_INTERPRETED = 1_000_000, 4_000_000, 20_000
+TIMED_ON_GPU = 100_000_000
+MIN_SIZE = 64
+SPARSITY = 0.9
+SCOPES = ("global", "layer", "row", "2:4")
+
+
 @dataclass(frozen=True)
 class Row:
-    """One check: where, what, its error (None: exact comparison), whether it held, and the speed."""
+    """One check: where, what, its error (a count of wrong elements for masks), whether it held, and the speed.
+
+    ``gb_per_s`` is the least that the op must move through memory, over its time: the device's
+    bandwidth is its ceiling. ``weights`` is the size it was timed at.
+    """
 
     device: str
     backend: str
@@ -38,25 +54,55 @@ class Row:
     op: str
     error: float
     ok: bool
+    weights: int
     gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The weights of one dtype on the CPU and what every op must make of them, computed in float64."""
+
+    weights: list[Tensor]
+    moments: Tensor  # [2, L]
+    gradients: dict[type, list[Tensor]]
+    masks: dict[str, list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One op: its floor in bytes per weight, and how to prepare, run and judge it."""
+
+    op: str
+    floor: float
+    tolerance: float
+    prepare: Callable[[list[Tensor]], Callable[[], Any]]  # weights -> the call to time
+    error: Callable[[Any, Reference], float]  # of the first call's result
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``wcr-fast doctor``."""
-    parser.add_argument("--size", type=int, default=None, help="weights in the list (default: 4 M, 100 M on a GPU)")
+    parser.add_argument("--size", type=int, default=None, help="weights in the list (default: 1 M, 100 M on a GPU)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything; return 0 when all held, else 1."""
+    """Check everything; return 0 when all held, else 1.
+
+    Raises:
+        UsageError: the size is smaller than 64.
+    """
+    if args.size is not None and args.size < MIN_SIZE:
+        raise UsageError(f"--size must be at least {MIN_SIZE}, got {args.size}")
     rows = list(examine(args.size))
     if args.json:
-        print(json.dumps({"schema": "wcr-fast/doctor/1", "rows": [asdict(row) for row in rows]}, indent=2))
+        print(json.dumps({"schema": "wcr-fast/doctor/2", "rows": [asdict(row) for row in rows]}, indent=2))
     else:
-        print(f"{'device':8} {'backend':8} {'dtype':9} {'op':34} {'error':>9} {'GB/s':>8}")
+        print(f"{'device':8} {'backend':8} {'dtype':9} {'op':34} {'error':>9} {'weights':>11} {'GB/s':>8}")
         for row in rows:
             where = f"{row.device:8} {row.backend:8} {row.dtype:9} {row.op:34}"
-            print(f"{where} {row.error:9.1e} {row.gb_per_s:8.1f}{'' if row.ok else '  WRONG'}")
+            figures = f"{row.error:9.1e} {row.weights:11,} {row.gb_per_s:8.1f}"
+            print(f"{where} {figures}{'' if row.ok else '  WRONG'}")
+        print("GB/s: the bytes that the op must move at least, over its time")
         bad = sum(not row.ok for row in rows)
         print(f"{len(rows)} checks, {bad} wrong" if bad else f"{len(rows)} checks, all right")
     return 0 if all(row.ok for row in rows) else 1
@@ -74,150 +120,190 @@ def places() -> list[tuple[torch.device, str]]:
     return found
 
 
+def sizes(device: torch.device, backend: str, size: int | None) -> tuple[int, int]:
+    """Return how many weights are compared with float64, and how many are timed."""
+    if device.type == "cpu" and backend == "triton":
+        checked = min(size or CHECKED_INTERPRETED, CHECKED_INTERPRETED)
+        return checked, checked
+    limit = CHECKED_WITH_GPU if torch.cuda.is_available() else CHECKED
+    timed = size or (TIMED_ON_GPU if device.type == "cuda" else limit)
+    return min(timed, limit), timed
+
+
 def examine(size: int | None = None) -> Iterator[Row]:
-    """Yield one row per device, backend, dtype and op.
+    """Yield one row per dtype, device, backend and op.
 
     Example:
         >>> all(row.ok for row in examine(size=2000))
         True
     """
-    for device, backend in places():
-        slow = backend == "triton" and device.type == "cpu"
-        count = size or (100_000_000 if device.type == "cuda" else 20_000 if slow else 4_000_000)
-        for dtype in DTYPES:
+    for dtype in DTYPES:
+        for device, backend in places():
+            checked, timed = sizes(device, backend, size)
+            reference = reference_of(dtype, checked)
+            weights = [w.to(device) for w in reference.weights]
+            large = weights if timed == checked else draw(dtype, timed, device)
+            count = sum(w.numel() for w in large)
             with wcr_fast.backend(backend):
-                for op, bytes_moved, error, tolerance, seconds in _checks(device, dtype, count):
-                    yield Row(
-                        str(device),
-                        backend,
-                        str(dtype).removeprefix("torch."),
-                        op,
-                        error,
-                        error <= tolerance,
-                        bytes_moved / seconds / 1e9,
-                    )
+                for check in checks(dtype, reference):
+                    call = check.prepare(weights)
+                    error = check.error(call(), reference)
+                    seconds = _seconds(call if large is weights else check.prepare(large), device)
+                    where = str(device), backend, str(dtype).removeprefix("torch.")
+                    speed = check.floor * count / seconds / 1e9
+                    yield Row(*where, check.op, error, error <= check.tolerance, count, speed)
 
 
-def _weights(device: torch.device, dtype: torch.dtype, count: int) -> list[Tensor]:
-    """Return three matrices and a channels_last kernel, ties included, of about count values in all."""
-    generator = torch.Generator().manual_seed(0)
-    side = max(4, int((count / 4) ** 0.5) // 4 * 4)
-    shapes = [(side, side), (side, 2 * side), (side + 1, side - 1), (16, 8, 3, 3)]
-    weights = [(torch.randn(shape, generator=generator) * 0.05).to(dtype) for shape in shapes]
-    weights[1][0] = weights[0].flatten()[: 2 * side].reshape(-1)[: weights[1].shape[1]]
-    weights[3] = weights[3].contiguous(memory_format=torch.channels_last)
-    return [w.to(device) for w in weights]
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> tuple[object, float]:
-    run()  # compiles
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return the time of the second call: the first one compiles and allocates."""
+    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    result = run()
+    call()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - start
+    return time.perf_counter() - start
 
 
-def _checks(device: torch.device, dtype: torch.dtype, count: int) -> Iterator[tuple[str, float, float, float, float]]:
-    weights = _weights(device, dtype, count)
-    total = sum(w.numel() for w in weights) * weights[0].element_size()
-    tolerance = TOLERANCE[dtype]
+def draw(dtype: torch.dtype, count: int, device: torch.device) -> list[Tensor]:
+    """Return three matrices and a channels_last kernel, ties included, of about count values in all."""
+    generator = torch.Generator(device).manual_seed(0)
+    side = max(4, int((count / 4) ** 0.5) // 4 * 4)
+    shapes = [(side, side), (side, 2 * side), (side + 1, side - 1), (16, 8, 3, 3)]
+    weights = [(torch.randn(shape, generator=generator, device=device) * 0.05).to(dtype) for shape in shapes]
+    weights[1][0] = weights[0].flatten()[: 2 * side]
+    weights[3] = weights[3].contiguous(memory_format=torch.channels_last)
+    return weights
 
-    (mean, var), seconds = _timed(lambda: wcr_fast.layer_moments(weights), device)
-    want = torch.stack([_reference_moments(w) for w in weights], 1)
-    error = ((torch.stack([mean, var]).double().cpu() - want) / want).abs().max().item()
-    yield "layer_moments", total, error, TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32], seconds
 
+def checks(dtype: torch.dtype, reference: Reference) -> list[Check]:
+    """Return every op's check for weights of one dtype; floors count reading and writing each weight once a pass."""
+    item = dtype.itemsize
+    listed = [
+        Check(
+            "layer_moments",
+            item,
+            TOLERANCE[torch.float64 if dtype == torch.float64 else torch.float32],
+            lambda weights: lambda: wcr_fast.layer_moments(weights),
+            lambda got, ref: ((torch.stack(got).double().cpu() - ref.moments) / ref.moments).abs().max().item(),
+        )
+    ]
     for family in FAMILIES:
-        params = [w.clone().requires_grad_() for w in weights]
-        regularizer = family(params, lam=1.0)
-        wanted = _reference_gradient(regularizer, params)
-        scale = 1.0 / max(g.abs().max().item() for g in wanted)  # keeps half precision within its range
-        regularizer.lam = scale
-        regularizer().backward()
-        error = _gradient_error(params, wanted, scale)
-        yield f"{family.__name__} loss.backward", 4 * total, error, tolerance, _timed(regularizer, device)[1]
-        for p in params:
-            p.grad = None
-        regularizer.add_grad_()
-        error = _gradient_error(params, wanted, scale)
-        yield f"{family.__name__}.add_grad_", 4 * total, error, tolerance, _timed(regularizer.add_grad_, device)[1]
-
+        # lam brings the largest gradient to 1: half precision stays within its range
+        lam = 1.0 / max(g.abs().max().item() for g in reference.gradients[family])
+        error = functools.partial(_gradient_error, family=family, lam=lam)
+        for op, backward in ((f"{family.__name__} loss + backward", True), (f"{family.__name__}.add_grad_", False)):
+            prepare = functools.partial(_penalty_call, family=family, lam=lam, backward=backward)
+            listed.append(Check(op, 4 * item, TOLERANCE[dtype], prepare, error))  # moments; gradient in and out
     for scope in ("global", "layer"):
-        got, seconds = _timed(lambda scope=scope: magnitude_threshold(weights, 0.9, scope=scope), device)
-        want = _reference_threshold(weights, 0.9, scope)
-        yield f"magnitude_threshold {scope}", total, float((got.double().cpu() - want).abs().max()), 0.0, seconds
-    for scope in ("global", "layer", "row", "2:4"):
-        sparsity = None if scope == "2:4" else 0.9
-        got, seconds = _timed(lambda s=sparsity, scope=scope: magnitude_masks(weights, s, scope=scope), device)
-        want = _reference_masks(weights, sparsity, scope)
-        wrong = sum(int((g.cpu() != w).sum()) for g, w in zip(got, want, strict=True))
-        yield f"magnitude_masks {scope}", 2 * total, float(wrong), 0.0, seconds
+        prepare = functools.partial(_call, magnitude_threshold, scope=scope)
+        error = functools.partial(_threshold_error, scope=scope)
+        listed.append(Check(f"magnitude_threshold {scope}", item, 0.0, prepare, error))
+    for scope in SCOPES:
+        prepare = functools.partial(_call, magnitude_masks, scope=scope)
+        error = functools.partial(_mask_error, scope=scope)
+        reads = 2 if scope in ("global", "layer") else 1  # a row or a group is cut where it is read
+        listed.append(Check(f"magnitude_masks {scope}", reads * item + 1, 0.0, prepare, error))
+    listed.append(Check("prune_ global", 3 * item, 0.0, _prune_call, _pruned_error))
+    return listed
+
+
+def _penalty_call(weights: list[Tensor], *, family: type, lam: float, backward: bool) -> Callable[[], list[Tensor]]:
+    params = [w.clone().requires_grad_() for w in weights]
+    regularizer = family(params, lam=lam)
+
+    def call() -> list[Tensor]:
+        if backward:
+            regularizer().backward()
+        else:
+            regularizer.add_grad_()
+        return params
+
+    return call
+
+
+def _call(op: Callable[..., Any], weights: list[Tensor], *, scope: str) -> Callable[[], Any]:
+    return lambda: op(weights, None if scope == "2:4" else SPARSITY, scope=scope)
+
+
+def _prune_call(weights: list[Tensor]) -> Callable[[], list[Tensor]]:
     pruned = [w.clone() for w in weights]
-    _, seconds = _timed(lambda: prune_(pruned, 0.9), device)
-    want = _reference_masks(weights, 0.9, "global")
-    wrong = sum(
-        int((p.cpu() != torch.where(m, w.cpu(), 0)).sum()) for p, w, m in zip(pruned, weights, want, strict=True)
+
+    def call() -> list[Tensor]:
+        prune_(pruned, SPARSITY)
+        return pruned
+
+    return call
+
+
+def _gradient_error(params: list[Tensor], reference: Reference, *, family: type, lam: float) -> float:
+    pairs = zip(params, reference.gradients[family], strict=True)
+    return max(((p.grad.double().cpu() - lam * g).abs().max() / (lam * g).abs().max()).item() for p, g in pairs)
+
+
+def _threshold_error(got: Tensor, reference: Reference, *, scope: str) -> float:
+    pairs = zip(reference.weights, reference.masks[scope], strict=True)
+    smallest = torch.stack(
+        [w.double().abs()[m].min() if m.any() else torch.tensor(torch.inf).double() for w, m in pairs]
     )
-    yield "prune_ global", 2 * total, float(wrong), 0.0, seconds
+    want = smallest.min() if scope == "global" else smallest
+    return float((got.double().cpu() - want).abs().max())
 
 
-def _reference_moments(w: Tensor) -> Tensor:
-    a = torch.sqrt(w.double().cpu() ** 2 + 1e-8)
+def _mask_error(got: list[Tensor], reference: Reference, *, scope: str) -> float:
+    pairs = zip(got, reference.masks[scope], strict=True)
+    return float(sum(int((mask.cpu() != want).sum()) for mask, want in pairs))
+
+
+def _pruned_error(pruned: list[Tensor], reference: Reference) -> float:
+    triples = zip(pruned, reference.weights, reference.masks["global"], strict=True)
+    return float(sum(int((p.cpu() != torch.where(mask, w, 0)).sum()) for p, w, mask in triples))
+
+
+@functools.lru_cache(maxsize=2)  # the interpreter's small list and the others' one, for all backends and devices
+def reference_of(dtype: torch.dtype, count: int) -> Reference:
+    """Return weights of one dtype with the results of every op, from float64 formulas and stable sorts."""
+    weights = draw(dtype, count, torch.device("cpu"))
+    moments = torch.stack([_moments(w) for w in weights], 1)
+    gradients = {family: _gradients(family, weights) for family in FAMILIES}
+    return Reference(weights, moments, gradients, {scope: _masks(weights, scope) for scope in SCOPES})
+
+
+def _moments(w: Tensor) -> Tensor:
+    a = torch.sqrt(w.double() ** 2 + 1e-8)
     return torch.stack([a.mean(), a.var(unbiased=False)])
 
 
-def _reference_gradient(regularizer: wcr_fast.Regularizer, params: list[Tensor]) -> list[Tensor]:
-    xs = [p.detach().double().cpu().requires_grad_() for p in params]
+def _gradients(family: type, weights: list[Tensor]) -> list[Tensor]:
+    xs = [w.double().clone().requires_grad_() for w in weights]
+    regularizer = family(xs, lam=1.0)
     a = [x.abs() if regularizer.r == 0 else torch.sqrt(x * x + regularizer.r) for x in xs]
     mean, var = torch.stack([m.mean() for m in a]), torch.stack([m.var(unbiased=False) for m in a])
     numel = torch.tensor([float(x.numel()) for x in xs], dtype=torch.float64)
-    regularizer.formula(mean, var, numel, float(numel.sum())).sum().backward()
-    return [x.grad for x in xs]
+    return list(torch.autograd.grad(regularizer.formula(mean, var, numel, float(numel.sum())).sum(), xs))
 
 
-def _gradient_error(params: list[Tensor], wanted: list[Tensor], scale: float) -> float:
-    pairs = zip(params, wanted, strict=True)
-    return max(((p.grad.double().cpu() - scale * g).abs().max() / (scale * g).abs().max()).item() for p, g in pairs)
+def _kept(rows: Tensor, count: int) -> Tensor:
+    """Return which ``count`` magnitudes of each row are the largest; of equal ones the earlier."""
+    order = torch.sort(rows.double().abs(), dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros(rows.shape, dtype=torch.bool).scatter_(1, order, True)
 
 
-def _ordered(values: Tensor) -> Tensor:
-    """Return the places of the magnitudes from large to small, ties in order: what is kept first comes first."""
-    return torch.sort(values.double().abs(), descending=True, stable=True).indices
+def _masks(weights: list[Tensor], scope: str) -> list[Tensor]:
+    def cut(rows: Tensor) -> Tensor:
+        return _kept(rows, rows.shape[1] - round(SPARSITY * rows.shape[1]))
 
-
-def _keep(values: Tensor, sparsity: float) -> Tensor:
-    mask = torch.zeros(values.numel(), dtype=torch.bool)
-    mask[_ordered(values)[: values.numel() - round(sparsity * values.numel())]] = True
-    return mask
-
-
-def _reference_masks(weights: list[Tensor], sparsity: float | None, scope: str) -> list[Tensor]:
-    flats = [w.cpu().reshape(-1) for w in weights]
     if scope == "global":
-        parts = _keep(torch.cat([f.double() for f in flats]), sparsity).split([f.numel() for f in flats])
+        parts = cut(torch.cat([w.reshape(-1) for w in weights])[None])[0].split([w.numel() for w in weights])
         return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
-    if scope == "layer":
-        return [_keep(f, sparsity).view(w.shape) for f, w in zip(flats, weights, strict=True)]
-    if scope == "row":
-        return [torch.stack([_keep(row.reshape(-1), sparsity).view(row.shape) for row in w.cpu()]) for w in weights]
+    if scope in ("layer", "row"):
+        return [cut(w.reshape(1 if scope == "layer" else len(w), -1)).view(w.shape) for w in weights]
     masks = []
     for w in weights:
-        moved = w.cpu().movedim(1, -1)
+        moved = w.movedim(1, -1)
         whole = moved.shape[-1] // 4 * 4
-        groups = moved[..., :whole].reshape(-1, 4).double().abs()
-        order = torch.sort(groups, dim=1, descending=True, stable=True).indices[:, :2]
-        kept = torch.zeros(groups.shape, dtype=torch.bool).scatter_(1, order, True)
         mask = torch.ones(moved.shape, dtype=torch.bool)
-        mask[..., :whole] = kept.view(moved[..., :whole].shape)
+        mask[..., :whole] = _kept(moved[..., :whole].reshape(-1, 4), 2).view(moved[..., :whole].shape)
         masks.append(mask.movedim(-1, 1))
     return masks
-
-
-def _reference_threshold(weights: list[Tensor], sparsity: float, scope: str) -> Tensor:
-    flats = [w.cpu().double().abs().reshape(-1) for w in weights]
-    pools = [torch.cat(flats)] if scope == "global" else flats
-    values = [pool.sort(descending=True).values[pool.numel() - round(sparsity * pool.numel()) - 1] for pool in pools]
-    return values[0] if scope == "global" else torch.stack(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import torch
 
 import wcr_fast
 from wcr_fast.backend import active_backend, interpreting, triton_installed, use_triton
+from wcr_fast.machine import processor, version
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
 EXTRAS = {"demo": ("scikit-learn", "matplotlib", "rich"), "test": ("pytest", "hypothesis", "ruff")}
@@ -43,8 +43,8 @@ def collect() -> dict[str, Any]:
         "version": wcr_fast.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "extras": {extra: [name for name in names if _version(name) is None] for extra, names in EXTRAS.items()},
+        "packages": {name: version(name) for name in PACKAGES},
+        "extras": {extra: [name for name in names if version(name) is None] for extra, names in EXTRAS.items()},
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "devices": _devices(),
@@ -53,16 +53,9 @@ def collect() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _devices() -> list[dict[str, Any]]:
     devices: list[dict[str, Any]] = [
-        {"name": "cpu", "what": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+        {"name": "cpu", "what": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     ]
     for i in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(i)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from wcr_fast.attach import AttachHandle, attach
-from wcr_fast.ops.moments import add_grad_, check_constant, check_smoothing, moments_of, path_for, result_dtype
+from wcr_fast.ops.moments import add_grad_, check_constant, check_smoothing, moments_of, result_dtype, stats_of
 from wcr_fast.table import upload
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
 
@@ -223,7 +223,7 @@ class Regularizer:
         tensors, grads = [p.detach() for p in params], [p.grad for p in params]
         # N is the whole regularizer's: the kernels know only the list they are given.
         rule = (self.family, self.eps) if self.family and len(indices) == len(self._numels) else None
-        stats, coef = path_for(tensors).layer_moments(tensors, self.r, rule)
+        stats, coef = stats_of(tensors, self.r, rule)
         if coef is None:
             coef = torch.stack(self._derivatives_at(stats, indices))
         add_grad_(grads, tensors, stats, coef, lam, self.r)

@@ -3,6 +3,10 @@
 A table covers the tensors of one device and dtype. It holds one row of int64 per tensor (address, length, first
 chunk, position in the caller's list, then what else the kernel needs) and, per chunk, the number of its tensor.
 Tables are cached by what is in them, so a list that didn't move costs one comparison and no upload.
+
+While a CUDA graph is captured nothing is made or sent: it would be recorded instead of done, so the cache would
+hold garbage, and a replay would copy from host memory that is long free. What was made before may be used; a
+graph reads it at every replay, so it is then kept for good.
 """
 
 from __future__ import annotations
@@ -18,6 +22,31 @@ from torch import Tensor
 
 # Small: a table is a few kilobytes, and a training loop plus a pruning call need a handful.
 CACHE_SIZE = 32
+
+# Device memory that captured graphs read, by id: a few kilobytes a capture.
+_captured: dict[int, object] = {}
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if _capturing(device):
+        raise RuntimeError(
+            "a CUDA graph capture can't build the tables of an op: run the op once on the capture stream before "
+            "capturing: `with torch.cuda.stream(s): ...`, then `torch.cuda.graph(g, stream=s)`, with the same "
+            "tensors; an op that sends new numbers at every call (selection), or copies a gradient whose dtype or "
+            "layout isn't its weight's, can't be captured"
+        )
+
+
+def _keep_for_graph(device: torch.device, used: object) -> None:
+    if _capturing(device):
+        _captured[id(used)] = used
 
 
 @dataclass
@@ -37,21 +66,30 @@ class TensorTable:
         return self.block_to_tensor.numel()
 
     def scratch(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """Return a buffer that is zero when first taken and keeps what kernels leave in it."""
+        """Return a buffer that is zero when first taken and keeps what kernels leave in it.
+
+        Raises RuntimeError when it would have to be made while a CUDA graph is captured.
+        """
         if name not in self._scratch:
+            _refuse_capture(self.device)
             self._scratch[name] = torch.zeros(numel, dtype=dtype, device=self.device)
         return self._scratch[name]
 
     def addresses(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Return the addresses of further tensors, one per row, uploaded only when they changed."""
+        """Return the addresses of further tensors, one per row, uploaded only when they changed.
+
+        Raises RuntimeError when they would have to be sent while a CUDA graph is captured.
+        """
         pointers = tuple(t.data_ptr() for t in tensors)
         if self._addresses is None or self._addresses[0] != pointers:
             self._addresses = pointers, upload(np.array(pointers, dtype=np.int64), self.device)
+        _keep_for_graph(self.device, self._addresses[1])
         return self._addresses[1]
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a small array to a device without waiting for it."""
+    """Copy a small array to a device without waiting for it; RuntimeError while a CUDA graph is captured."""
+    _refuse_capture(device)
     host = torch.from_numpy(array)
     if device.type != "cuda":
         return host.to(device)
@@ -92,6 +130,9 @@ def build_table(
         chunk: units of work per program.
         lengths: units of work per tensor; the number of elements when None.
         extra: further int64 columns, one sequence per tensor, all of one length.
+
+    Raises:
+        RuntimeError: the table would have to be built while a CUDA graph is captured.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -101,7 +142,9 @@ def build_table(
         entries = tuple((t.data_ptr(), n) for t, n in zip(tensors, lengths, strict=True))
     else:
         entries = tuple((t.data_ptr(), n, *more) for t, n, more in zip(tensors, lengths, extra, strict=True))
-    return _build(device, dtype, stream, chunk, tuple(positions), entries)
+    table = _build(device, dtype, stream, chunk, tuple(positions), entries)
+    _keep_for_graph(device, table)
+    return table
 
 
 def group(tensors: Sequence[Tensor]) -> list[list[int]]:

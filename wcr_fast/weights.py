@@ -76,6 +76,11 @@ def _dims(module: nn.Module, param: Tensor) -> tuple[int, int]:
     return 0, 1
 
 
+def _groups(module: nn.Module) -> int:
+    """Return into how many parts a transposed convolution's inputs fall: its weight has them all in one dimension."""
+    return module.groups if isinstance(module, nn.modules.conv._ConvTransposeNd) else 1
+
+
 def tensor_dims(tensor: Tensor) -> tuple[int, int]:
     """Return (output, input) dimensions of a bare tensor: those of a linear or convolution weight."""
     return (0, 1) if tensor.dim() >= 2 else (0, -1)
@@ -192,7 +197,7 @@ def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False) 
         else:
             out_dim, in_dim = _dims(uses[0][1], param)
             owner = (uses[0][1], uses[0][0].rpartition(".")[2])
-            choice.weights.append(Weight(names[0], param, names, out_dim, in_dim, owner))
+            choice.weights.append(Weight(names[0], param, names, out_dim, in_dim, owner, _groups(uses[0][1])))
     excluder.check_all_matched(known)
     return choice
 

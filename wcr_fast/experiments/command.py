@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wcr_fast.errors import UsageError, require
+from wcr_fast.machine import describe_machine
 
 DESCRIPTION = """\
 Trains a small conv net on the UCI digits with several penalties and seeds, prunes each net at once to ten
@@ -50,7 +51,7 @@ def run_plan(plan: Any, workers: int | None = None) -> dict[str, Any]:
         plan: a ``wcr_fast.experiments.plan.Plan``.
         workers: number of processes; default one for each core, at most eight.
     """
-    from wcr_fast.experiments import digits, machine, sweep
+    from wcr_fast.experiments import digits, sweep
     from wcr_fast.experiments.progress import Progress
     from wcr_fast.experiments.train import MAGNITUDE_EDGES
     from wcr_fast.report.files import SCHEMA, digest
@@ -68,7 +69,7 @@ def run_plan(plan: Any, workers: int | None = None) -> dict[str, Any]:
             "workers": workers,
             "threads_per_worker": 1,
         },
-        "machine": machine.describe_machine(),
+        "machine": describe_machine(),
         "plan": plan.describe(),
         "data": {
             "name": "UCI optical recognition of handwritten digits, as in scikit-learn (1,797 images, 8 x 8)",

@@ -64,22 +64,16 @@ def _backward_fake(
     return [torch.empty_like(w) for w in weights]
 
 
-def add_grad_(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    stats: Tensor,
-    coef: Tensor,
-    lam: float | Tensor,
-    r: float,
+def _add_grad(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], stats: Tensor, coef: Tensor, lam: float | Tensor, r: float
 ) -> None:
-    """Add lam times the penalty's gradient to ``grads`` in place; stats and coef as the path gave them."""
     path_for(weights).add_grad_(grads, weights, stats, coef, lam, r)
     torch.autograd.graph.increment_version(grads)  # a kernel's write leaves no trace of its own
 
 
 _lib.impl("layer_moments", _forward, "CompositeExplicitAutograd")
 _lib.impl("layer_moments_backward", _backward, "CompositeExplicitAutograd")
-_lib.impl("add_moments_grad_", add_grad_, "CompositeExplicitAutograd")
+_lib.impl("add_moments_grad_", _add_grad, "CompositeExplicitAutograd")
 torch.library.register_fake("wcr_fast::layer_moments", _forward_fake)
 torch.library.register_fake("wcr_fast::layer_moments_backward", _backward_fake)
 torch.library.register_fake("wcr_fast::add_moments_grad_", lambda *args: None)
@@ -163,6 +157,31 @@ def moments_of(tensors: Sequence[Tensor], r: float) -> tuple[Tensor, Tensor]:
     """Return (mean, var) of a non-empty list of checked tensors, differentiable twice."""
     mean, var, _ = torch.ops.wcr_fast.layer_moments(list(tensors), r)
     return mean, var
+
+
+def stats_of(
+    tensors: Sequence[Tensor], r: float, rule: tuple[str, float] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the stats [4, L] of a list, and the rule's coefficients [3, L] where they come with the same launch."""
+    if torch.compiler.is_compiling():
+        return torch.ops.wcr_fast.layer_moments(list(tensors), r)[2], None
+    return path_for(tensors).layer_moments(tensors, r, rule)
+
+
+def add_grad_(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    stats: Tensor,
+    coef: Tensor,
+    lam: float | Tensor,
+    r: float,
+) -> None:
+    """Add lam times the penalty's gradient to ``grads`` in place; stats and coef as :func:`stats_of` has them."""
+    if torch.compiler.is_compiling():
+        lam = torch.as_tensor(lam, dtype=stats.dtype, device=stats.device)
+        torch.ops.wcr_fast.add_moments_grad_(list(grads), list(weights), stats, coef, lam, r)
+    else:
+        _add_grad(grads, weights, stats, coef, lam, r)
 
 
 def layer_moments(weights: Weights, *, r: float = 1e-8) -> tuple[Tensor, Tensor]:

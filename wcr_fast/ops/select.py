@@ -7,9 +7,10 @@ logical row-major order.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ SCOPES = ("global", "layer", "row")
 
 _lib = torch.library.Library("wcr_fast", "FRAGMENT")
 _lib.define("magnitude_threshold(Tensor[] weights, float[] sparsities, str scope) -> Tensor")
-_lib.define("magnitude_masks(Tensor[] weights, float sparsity, str scope) -> Tensor[]")
+# transposed: per weight 0 where outputs come first; else inputs do, in so many groups. Left out: all 0.
+_lib.define("magnitude_masks(Tensor[] weights, float sparsity, str scope, int[] transposed=[]) -> Tensor[]")
 
 
 def path_for(tensors: Sequence[Tensor]) -> ModuleType:
@@ -34,13 +36,26 @@ def path_for(tensors: Sequence[Tensor]) -> ModuleType:
 
 
 def check_sparsity(sparsity: float | None, op: str) -> float:
-    """Return the sparsity as a float, or raise when it isn't a number in [0, 1]."""
-    if isinstance(sparsity, (bool, str)) or sparsity is None:
+    """Return the sparsity as a float, or raise when it isn't a number (or 0-d array or tensor) in [0, 1]."""
+    boolean = isinstance(sparsity, (bool, np.bool_)) or getattr(sparsity, "dtype", None) in (torch.bool, np.bool_)
+    if boolean or isinstance(sparsity, (str, bytes)) or getattr(sparsity, "ndim", 0):
         raise TypeError(f"{op}: sparsity must be a number in [0, 1], got {sparsity!r}")
-    value = float(sparsity)
+    try:
+        value = float(sparsity)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: sparsity must be a number in [0, 1], got {sparsity!r}") from None
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{op}: sparsity is the fraction removed and must lie in [0, 1], got {sparsity}")
     return value
+
+
+def check_sparsities(sparsity: float | Iterable[float], op: str) -> tuple[list[float], bool]:
+    """Return the sparsities as floats, and whether they were several: a 1-d array or tensor, or any other iterable."""
+    dims = getattr(sparsity, "ndim", None)  # arrays and tensors without dimensions have __iter__ too
+    many = dims == 1 if dims is not None else isinstance(sparsity, Iterable) and not isinstance(sparsity, (str, bytes))
+    if many and isinstance(sparsity, Tensor):
+        sparsity = sparsity.tolist()  # one sync on CUDA
+    return [check_sparsity(s, op) for s in (sparsity if many else [sparsity])], many
 
 
 def check_scope(scope: str, sparsity: float | None, op: str) -> tuple[int, int] | None:
@@ -65,12 +80,12 @@ def keep_counts(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: s
     return [[num_keep(s, pool) for s in sparsities] for pool in pools]
 
 
-def raise_on_nan(bad: Tensor, names: Sequence[str], op: str) -> None:
-    """Raise ValueError naming the tensors flagged as holding NaN (one sync)."""
+def raise_on_nan(bad: Tensor, names: Sequence[str], op: str, then: str = "") -> None:
+    """Raise ValueError naming the tensors flagged as holding NaN (one sync); ``then`` ends the message."""
     named = [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
     if named:
         more = f" (and {len(named) - 1} more)" if len(named) > 1 else ""
-        raise ValueError(f"{op}: {named[0]}{more} holds NaN: magnitudes can't be ranked, nothing was written")
+        raise ValueError(f"{op}: {named[0]}{more} holds NaN: magnitudes can't be ranked{then}")
 
 
 def _raise_on_cpu(bad: Tensor, op: str) -> None:
@@ -79,13 +94,23 @@ def _raise_on_cpu(bad: Tensor, op: str) -> None:
 
 
 def row_views(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors with their output dimension first."""
-    return [t.movedim(w.out_dim, 0) if t.dim() else t.view(1) for w, t in zip(weights, tensors, strict=True)]
+    """Return the tensors with their output dimension first; the groups of a transposed convolution one by one."""
+    views = []
+    for weight, tensor in zip(weights, tensors, strict=True):
+        parts = tensor.chunk(weight.groups) if weight.groups > 1 else (tensor if tensor.dim() else tensor.view(1),)
+        views += [part.movedim(weight.out_dim, 0) for part in parts]
+    return views
 
 
 def group_views(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors with their input dimension last."""
-    return [t.movedim(w.in_dim, -1) if t.dim() else t.view(1) for w, t in zip(weights, tensors, strict=True)]
+    """Return the tensors with their input dimension last: of a transposed convolution that of one group."""
+    views = []
+    for weight, tensor in zip(weights, tensors, strict=True):
+        if weight.groups > 1:
+            views.append(tensor.unflatten(0, (weight.groups, -1)).movedim(1, -1))
+        else:
+            views.append(tensor.movedim(weight.in_dim, -1) if tensor.dim() else tensor.view(1))
+    return views
 
 
 def row_counts(views: Sequence[Tensor], sparsity: float) -> list[int]:
@@ -96,9 +121,9 @@ def row_counts(views: Sequence[Tensor], sparsity: float) -> list[int]:
 def threshold(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: str) -> Tensor:
     """Return the smallest magnitudes kept, [Q] or [Q, L]; see :func:`wcr_fast.magnitude_threshold`."""
     dtype = threshold_dtype(t.dtype for t in tensors)
-    if not tensors:
-        shape = (len(sparsities),) if scope == "global" else (len(sparsities), 0)
-        return torch.full(shape, torch.inf, dtype=dtype)
+    if not tensors or not sparsities:
+        shape = (len(sparsities),) if scope == "global" else (len(sparsities), len(tensors))
+        return torch.full(shape, torch.inf, dtype=dtype, device=tensors[0].device if tensors else None)
     tensors = [t.detach() for t in tensors]
     cuts = path_for(tensors).find_cuts(tensors, keep_counts(tensors, sparsities, scope))
     _raise_on_cpu(cuts.bad, "magnitude_threshold")
@@ -136,8 +161,17 @@ def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return path_for(tensors).survey(tensors)
 
 
-def _literal(tensors: Sequence[Tensor]) -> list[Weight]:
-    return [Weight(f"weights[{i}]", t, (), *tensor_dims(t)) for i, t in enumerate(tensors)]
+def transposed(weights: Sequence[Weight]) -> list[int]:
+    """Return the op's argument of this name."""
+    return [w.groups if w.out_dim == 1 else 0 for w in weights]
+
+
+def _literal(tensors: Sequence[Tensor], transposed: Sequence[int]) -> list[Weight]:
+    groups = transposed or [0] * len(tensors)
+    return [
+        Weight(f"weights[{i}]", t, (), *((1, 0) if g else tensor_dims(t)), groups=max(g, 1))
+        for i, (t, g) in enumerate(zip(tensors, groups, strict=True))
+    ]
 
 
 def _threshold_fake(weights: Sequence[Tensor], sparsities: Sequence[float], scope: str) -> Tensor:
@@ -146,11 +180,11 @@ def _threshold_fake(weights: Sequence[Tensor], sparsities: Sequence[float], scop
     return weights[0].new_empty(shape, dtype=dtype) if weights else torch.empty(shape, dtype=dtype)
 
 
-def _masks_impl(weights: Sequence[Tensor], sparsity: float, scope: str) -> list[Tensor]:
-    return masks(_literal(weights), sparsity, scope)
+def _masks_impl(weights: Sequence[Tensor], sparsity: float, scope: str, transposed: Sequence[int] = ()) -> list[Tensor]:
+    return masks(_literal(weights, transposed), sparsity, scope)
 
 
-def _masks_fake(weights: Sequence[Tensor], sparsity: float, scope: str) -> list[Tensor]:
+def _masks_fake(weights: Sequence[Tensor], sparsity: float, scope: str, transposed: Sequence[int] = ()) -> list[Tensor]:
     return [torch.empty(w.shape, dtype=torch.bool, device=w.device) for w in weights]
 
 

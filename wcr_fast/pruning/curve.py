@@ -86,7 +86,9 @@ def pruning_curve(
         raise ValueError(f'{op}: scope must be "global", "layer" or "row", got {scope!r}')
     if recalibrate is not None and iter(recalibrate) is recalibrate:
         raise TypeError(f"{op}: recalibrate is read once per sparsity: pass a list or a DataLoader, not an iterator")
-    wanted = [select.check_sparsity(s, op) for s in sparsities]
+    wanted, many = select.check_sparsities(sparsities, op)
+    if not many:
+        raise TypeError(f"{op}: sparsities must be several numbers in [0, 1], got {sparsities!r}")
     weights, left_out = chosen(model, exclude, op)
     plan = Plan.of(weights, wanted, scope, left_out, op)
     points = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from wcr_fast.ops import select
 from wcr_fast.weights import Weights, as_weights
 
 
-def magnitude_threshold(weights: Weights, sparsity: float | Sequence[float], *, scope: str = "global") -> Tensor:
+def magnitude_threshold(weights: Weights, sparsity: float | Iterable[float], *, scope: str = "global") -> Tensor:
     """Return the smallest magnitude that stays at a sparsity.
 
     Of N weights the N - round(sparsity * N) largest stay. With ties ``abs(w) >= threshold`` keeps too many: use
@@ -20,17 +20,18 @@ def magnitude_threshold(weights: Weights, sparsity: float | Sequence[float], *, 
     Args:
         weights: a tensor, a module (its weights with two or more dimensions, without normalisation), or
             tensors; float16, bfloat16, float32 or float64, mixed as you like, any layout.
-        sparsity: the fraction removed, in [0, 1]; for a sequence of Q the result has a leading dimension Q, from
-            one scan of the weights.
+        sparsity: the fraction removed, in [0, 1]; for Q of them (a list, any other iterable, a 1-d array or
+            tensor) the result has a leading dimension Q, from one scan of the weights.
         scope: ``"global"`` for one pool, ``"layer"`` for each tensor by itself.
 
     Returns:
         Threshold, 0-d or [L] ([Q] or [Q, L]), float32 (float64 when any weight is), on the first weight's
-        device; inf where nothing is kept. NaN on CUDA when a weight is NaN: nothing waits for the device there.
+        device; inf where nothing is kept. NaN on CUDA when a weight is NaN: on the triton backend nothing waits
+        for the device.
 
     Raises:
-        TypeError: for anything but real floating-point weights. ValueError: for a sparsity outside [0, 1], an
-            unknown scope, and on the CPU for NaN, naming its position.
+        TypeError: for anything but real floating-point weights, and for a sparsity that isn't a number.
+            ValueError: for a sparsity outside [0, 1], an unknown scope, and on the CPU for NaN, naming its position.
 
     Example:
         >>> import torch, wcr_fast
@@ -40,13 +41,11 @@ def magnitude_threshold(weights: Weights, sparsity: float | Sequence[float], *, 
     op = "magnitude_threshold"
     if scope not in ("global", "layer"):
         raise ValueError(f'{op}: scope must be "global" or "layer", got {scope!r}; magnitude_masks knows more')
-    many = isinstance(sparsity, Sequence) and not isinstance(sparsity, str)
-    sparsities = [select.check_sparsity(s, op) for s in (sparsity if many else [sparsity])]
-    tensors = [w.param for w in as_weights(weights, op=op)]
-    if torch.compiler.is_compiling():
-        found = torch.ops.wcr_fast.magnitude_threshold(tensors, sparsities, scope)
-    else:
-        found = select.threshold(tensors, sparsities, scope)
+    sparsities, many = select.check_sparsities(sparsity, op)
+    tensors = [w.param.detach() for w in as_weights(weights, op=op)]
+    # As an op of torch, for meta and fake tensors; without any tensor there is nothing to dispatch on.
+    find = torch.ops.wcr_fast.magnitude_threshold if tensors else select.threshold
+    found = find(tensors, sparsities, scope)
     return found if many else found.squeeze(0)
 
 
@@ -63,7 +62,8 @@ def magnitude_masks(weights: Weights, sparsity: float | None, *, scope: str = "g
             kept of each m consecutive weights along the input dimension; a shorter rest stays dense.
 
     Returns:
-        One contiguous bool tensor per weight, with its shape and on its device; no sync on CUDA.
+        One contiguous bool tensor per weight, with its shape and on its device; no sync with CUDA on the triton
+        backend.
 
     Raises:
         TypeError, ValueError: as :func:`magnitude_threshold`. On CUDA the masks of weights with NaN mean nothing.
@@ -77,7 +77,7 @@ def magnitude_masks(weights: Weights, sparsity: float | None, *, scope: str = "g
     nm = select.check_scope(scope, sparsity, op)
     value = 0.0 if nm else select.check_sparsity(sparsity, op)
     chosen = as_weights(weights, op=op)
-    usual = all(w.in_dim != 0 and w.out_dim == 0 for w in chosen)
-    if torch.compiler.is_compiling() and (usual or scope in ("global", "layer")):
-        return list(torch.ops.wcr_fast.magnitude_masks([w.param for w in chosen], value, scope))
-    return select.masks(chosen, value, scope)
+    if not chosen:
+        return []
+    tensors = [w.param.detach() for w in chosen]
+    return list(torch.ops.wcr_fast.magnitude_masks(tensors, value, scope, select.transposed(chosen)))

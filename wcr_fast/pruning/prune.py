@@ -144,13 +144,13 @@ class Plan:
         """Select at all sparsities in one scan; raise ValueError for NaN."""
         tensors = [w.param.detach() for w in weights]
         cuts = None
-        if scope in ("global", "layer"):
+        if scope in ("global", "layer") and sparsities:
             cuts = select.path_for(tensors).find_cuts(tensors, select.keep_counts(tensors, sparsities, scope))
         if cuts is not None and cuts.counts is not None:
             zeros, bad = cuts.counts.zeros, cuts.bad
         else:
             zeros, bad = select.survey(tensors)
-        select.raise_on_nan(bad, [w.label() for w in weights], op)
+        select.raise_on_nan(bad, [w.label() for w in weights], op, ", nothing was written")
         return cls(weights, sparsities, scope, left_out, zeros.cpu().numpy(), cuts)
 
     def apply(self, q: int) -> PruneRecord:
@@ -173,7 +173,8 @@ class Plan:
             views = select.row_views(self.weights, tensors)
             keep = select.row_counts(views, self.sparsities[q])
             path.apply_rows(views, keep)
-            removed = [v.numel() - v.shape[0] * k for v, k in zip(views, keep, strict=True)]
+            per_view = iter([v.numel() - v.shape[0] * k for v, k in zip(views, keep, strict=True)])
+            removed = [sum(itertools.islice(per_view, w.groups)) for w in self.weights]
         else:
             n, m = select.check_scope(self.scope, None, "prune_")
             views = select.group_views(self.weights, tensors)

@@ -141,8 +141,9 @@ class MemorySource:
         for group in self._groups():
             tensors, starts, end = [], [], 0
             for i, piece in group:
-                tensors.append(i)
-                starts.append(end)
+                if not tensors or tensors[-1] != i:  # neighbouring pieces of one tensor are one segment
+                    tensors.append(i)
+                    starts.append(end)
                 size = piece.size if isinstance(piece, np.ndarray) else piece.numel()
                 out = buffer[end : end + size]
                 if isinstance(piece, np.ndarray):

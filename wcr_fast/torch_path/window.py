@@ -33,7 +33,7 @@ class KeyBlock(NamedTuple):
     """Keys of one or more whole or partial tensors, one after the other.
 
     Attributes:
-        tensors: index of the tensor of each segment.
+        tensors: index of the tensor of each segment; no index twice, as counts are added by index.
         starts: where each segment begins in ``keys`` (the first at 0); segments are never empty.
         keys: 1-d integer array (int16, int32 or int64). The engine only reads it, and only until the next block.
     """
@@ -204,6 +204,8 @@ class _Search:
         self.above, self.tied = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         self.zeros: np.ndarray | None = None
         self.bad = np.zeros(self.tensors, bool)
+        # Per rank, how wide the last window was that counts had proved to hold it, and whether it was collected.
+        self.proved: list[tuple[float, bool]] = [(np.inf, True)] * shape[1]
         self.windows = self._guess()
 
     def done(self) -> bool:
@@ -263,6 +265,16 @@ class _Search:
         if not self.bad.any():
             for i, window in enumerate(windows):
                 self._resolve(window, i, tally)
+            self._check_narrower()
+
+    def _check_narrower(self) -> None:
+        """Raise RuntimeError where the search would not come to an end: counts of two sweeps that don't agree."""
+        for window in self.windows:
+            size = (window.hi - window.lo, window.limit > 0)
+            if window.hi <= window.lo or any(size >= self.proved[q] for q in window.ranks):
+                raise RuntimeError("the counts of two sweeps contradict each other: did the weights change meanwhile?")
+            for q in window.ranks:
+                self.proved[q] = size
 
     def _resolve(self, window: _Window, i: int, tally: _Tally) -> None:
         above, inside = int(tally.above[i].sum()), int(tally.inside[i].sum())

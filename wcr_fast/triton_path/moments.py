@@ -11,6 +11,7 @@ from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.moments import launch_gradient, launch_moments
 from wcr_fast.table import TensorTable, build_table, group, on_device
 from wcr_fast.torch_path.layout import is_dense, same_layout
+from wcr_fast.torch_path.moments import compute_dtype
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -103,19 +104,31 @@ def add_grad_(
     """Add lam * s * (b + c ((a - p) - (mean - p))) to every gradient, b = coef[1] / n and c = 2 coef[2] / n.
 
     ``lam`` is a number or a 0-d tensor, which is read on the device. A gradient laid out otherwise than its
-    weight takes a copy of the weight in its own layout.
+    weight takes a copy of the weight in its own layout. A gradient of another dtype (``Tensor.grad_dtype``) is
+    computed beside it in the dtype of the arithmetic, then added with one rounding.
+
+    Raises ValueError, before anything is written, where a gradient and its weight lie on different devices.
     """
+    for i, (grad, tensor) in enumerate(zip(grads, tensors, strict=True)):
+        if grad.device != tensor.device:
+            raise ValueError(f"grads[{i}] is on {grad.device}, its weight on {tensor.device}; move it there first")
     outs, weights = [], []
     for grad, tensor in zip(grads, tensors, strict=True):
         grad, tensor = grad.detach(), tensor.detach()
-        if not (is_dense(grad) and same_layout(grad, tensor)):
+        if grad.dtype != tensor.dtype:
+            # The same arithmetic on the same values as in the moments, so equal magnitudes still give exactly zero.
+            tensor = _dense(tensor).to(compute_dtype(tensor.dtype))
+            grad = torch.zeros_like(tensor)
+        elif not (is_dense(grad) and same_layout(grad, tensor)):
             grad = _dense(grad)
             tensor = torch.empty_like(grad).copy_(tensor)
         outs.append(grad)
         weights.append(tensor)
     _launch_gradient(weights, outs, stats, coef, lam, r, accumulate=True)
-    for grad, out in zip(grads, outs, strict=True):
-        if out.data_ptr() != grad.data_ptr():
+    for grad, weight, out in zip(grads, tensors, outs, strict=True):
+        if grad.dtype != weight.dtype:
+            grad.detach().add_(out)
+        elif out.data_ptr() != grad.data_ptr():
             grad.detach().copy_(out)
 
 

@@ -9,17 +9,28 @@ import platform
 import subprocess
 from pathlib import Path
 
+import torch
+
 import wcr_fast
 
-PACKAGES = ("torch", "numpy", "scikit-learn")
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "scikit-learn")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the processor's name as the system gives it, else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    """Return the version of an installed package, else None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:
@@ -45,8 +56,9 @@ def describe_machine() -> dict[str, object]:
         "wcr_fast": wcr_fast.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
