@@ -10,7 +10,7 @@ from wcr_fast.torch_path import moments
 
 
 def test_all_right(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(doctor, "interpreting", lambda: False)
     assert cli.main(["doctor", "--size", "3000"]) == 0
     out = capsys.readouterr().out
     assert "all right" in out
@@ -19,7 +19,7 @@ def test_all_right(monkeypatch, capsys):
 
 
 def test_a_wrong_op_is_found(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(doctor, "interpreting", lambda: False)
     right = moments.layer_moments
 
     def wrong(tensors, r, rule=None):
@@ -42,7 +42,7 @@ def test_too_small_a_size_is_one_line(capsys, size):
 
 
 def test_the_smallest_size(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(doctor, "interpreting", lambda: False)
     monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
     assert all(row.ok for row in doctor.examine(64))
 
@@ -60,7 +60,7 @@ def test_what_is_checked_stays_small(monkeypatch):
 
 
 def test_more_weights_are_timed_than_checked(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(doctor, "interpreting", lambda: False)
     monkeypatch.setattr(doctor, "DTYPES", (torch.bfloat16,))
     monkeypatch.setattr(doctor, "CHECKED", 2000)
     monkeypatch.setattr(doctor, "CHECKED_WITH_GPU", 2000)
@@ -85,5 +85,5 @@ def test_interpreter_is_a_place_of_its_own(monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the interpreter is used without a GPU only")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(doctor, "interpreting", lambda: True)
     assert (torch.device("cpu"), "triton") in doctor.places()
