@@ -26,6 +26,7 @@ import wcr_fast
 from benchmarks.shapes import make, resnet18, small_tensors
 from benchmarks.timing import interleaved
 from wcr_fast.machine import describe_machine
+from wcr_fast.report.files import write_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import reference
@@ -229,7 +230,7 @@ def main() -> None:
     for name, value, bound in rows:
         print(f"{name:56s} {value:8.2f}   {bound}")
     if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_file(args.out, (json.dumps(record, indent=1) + "\n").encode())
 
 
 def ratio(times: dict[str, float], over: str, under: str) -> float:

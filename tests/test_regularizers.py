@@ -76,6 +76,14 @@ def test_derivatives_by_hand_equal_autograd(family):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("family", MEMBERS)
+def test_nan_shows_in_the_value(backend, device, family):
+    w = torch.randn(4, 4, device=device)
+    reg = MEMBERS[family]([w])
+    w[1, 1] = float("nan")
+    assert reg().isnan()
+
+
 @pytest.mark.parametrize("family", ["l1", "hoyer_square"])
 def test_zero_tensors_are_finite(backend, device, family):
     w = torch.zeros(3, 4, device=device).requires_grad_()

@@ -388,7 +388,7 @@ class LogConcentration(Regularizer):
 
     def formula(self, mean: Tensor, var: Tensor, numel: Tensor, total: float) -> Tensor:
         ratio = _ratio(mean * mean, var + self.eps * mean * mean)
-        return numel / total * torch.log(torch.where(ratio > 0, ratio, torch.ones_like(ratio)))
+        return numel / total * torch.log(torch.where(ratio == 0, torch.ones_like(ratio), ratio))
 
     def derivatives(self, mean: Tensor, var: Tensor, numel: Tensor, total: float) -> tuple[Tensor, Tensor, Tensor]:
         share = numel / total

@@ -129,10 +129,10 @@ def layer_moments(
 
 def _put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: _Scratch, *, add: bool) -> None:
     """Write (b + c (a - m)) s of one block into target, or add it."""
-    if target.dtype != x.dtype:  # half precision: one rounding, at the end
+    if target.dtype != x.dtype:  # torch adds in the wider of the two: one rounding, at the end
         wide = scratch.take("g", x, x.dtype)
-        _put(wide.copy_(target) if add else wide, x, layer, scratch, add=add)
-        target.copy_(wide)
+        _put(wide, x, layer, scratch, add=False)
+        target.add_(wide) if add else target.copy_(wide)
         return
     mean, pivot, shift, b, c = layer
     t = scratch.take("a", x, x.dtype)
