@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the record as JSON")
     args = parser.parse_args()
     record: dict[str, object] = {
-        "command": " ".join(["python -m benchmarks.cpu", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.cpu --rounds {args.rounds}" + " --checkpoint" * args.checkpoint,
         "date": datetime.date.today().isoformat(),
         "machine": {**describe_machine(), "threads": torch.get_num_threads()},
     }
