@@ -20,6 +20,9 @@ MAX_DIMS = 8
 LAYOUT_WIDTH = 1 + 2 * MAX_DIMS
 _MAX_DIMS = tl.constexpr(MAX_DIMS)
 
+# Lanes of a block whose values are summed, the same for every kernel and dtype: so the order of the sums is.
+LANES = tl.constexpr(1024)
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -56,6 +59,24 @@ def strided_offsets(layout_ptr, index):
 def is_contiguous(layout_ptr, step):
     """Tell whether a layout is a single dimension with this stride."""
     return (tl.load(layout_ptr) == 1) & (tl.load(layout_ptr + _MAX_DIMS + 1) == step)
+
+
+@triton.jit
+def tree_sum(x):
+    """Sum 1024 lanes by pairs of neighbours: the order is the program's, not that of a layout or a number of warps."""
+    for _ in tl.static_range(10):
+        x = tl.sum(tl.reshape(x, (x.shape[0] // 2, 2)), axis=1)
+    return tl.sum(x)
+
+
+@triton.jit
+def is_last(counter_ptr, num_chunks):
+    """Count this program's chunk; tell whether it was its tensor's last, which then sees what all of them wrote."""
+    tl.debug_barrier()  # all of this program's writes come before its count
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_chunks - 1
+    if last:
+        tl.store(counter_ptr, 0)  # ready for the next call, or the next replay of a graph
+    return last
 
 
 @triton.jit

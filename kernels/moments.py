@@ -6,8 +6,9 @@ With a = sqrt(w^2 + r), s = w / a and p = a of the tensor's first element, per t
     gradient = lam s (b + c ((a - p) - shift)),    b = (df/dm) / n,    c = 2 (df/dV) / n
 
 Moments read each element once, the gradient reads weight and gradient and writes the gradient. Each program
-reduces one chunk; the last one to finish a tensor merges its chunks in fixed order in float64, so the result
-depends on no order of execution and a tensor of equal magnitudes has V = 0 and a gradient of zero, exactly.
+reduces one chunk about the magnitude of its own first element; the last one to finish a tensor merges its chunks in
+fixed order in float64, so the result depends on no order of execution and a tensor of equal magnitudes has V = 0 and
+a gradient of zero, exactly. The fused step reduces the weights it writes by the same helpers, to the same bits.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
+    LANES,
     ROW_ADDRESS,
     ROW_EXTRA,
     ROW_LENGTH,
     ROW_POSITION,
     from_pair,
     is_aligned,
+    is_last,
     locate,
     magnitude,
     narrow,
+    tree_sum,
     wide,
 )
 from .launch import CHUNK, TRITON_DTYPES, Variant, config, float_pair
@@ -36,49 +40,76 @@ FAMILIES = ("wcr", "l1", "hoyer_square", "relative", "log")
 _CHUNK = tl.constexpr(CHUNK)
 # Partials merged at a time: the same for every dtype, so that the order of the sums is.
 _MERGE = tl.constexpr(1024)
+_UNROLL = tl.constexpr(4)
 
 
 @triton.jit
-def _deviation(ptr, offs, count, pivot, r, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
-    """Return a - pivot, and 0 behind the end of the tensor."""
+def open_moments(a, lanes, count, MASKED: tl.constexpr):
+    """Start the moments of a chunk with its first block of magnitudes: pivot, center, and two sums per lane.
+
+    Deviations are taken from pivot + center. The pivot, the chunk's first magnitude, makes equal ones cancel exactly;
+    the center, the block's mean, keeps the sums accurate where that first one is far from the rest.
+    """
+    pivot = tl.sum(tl.where(lanes == 0, a, 0.0))
+    if MASKED:
+        d = tl.where(lanes < count, a - pivot, 0.0)
+        center = tree_sum(d) / tl.minimum(count, LANES).to(a.dtype)
+        total = tl.where(lanes < count, d - center, 0.0)
+    else:
+        d = a - pivot
+        center = tree_sum(d) / LANES
+        total = d - center
+    return pivot, center, total, total * total
+
+
+@triton.jit
+def add_moments(a, offs, count, state, MASKED: tl.constexpr):
+    """Add a further block of the chunk to the state that :func:`open_moments` began."""
+    pivot, center, total, squares = state
+    d = (a - pivot) - center
+    if MASKED:
+        d = tl.where(offs < count, d, 0.0)
+    return pivot, center, total + d, tl.fma(d, d, squares)
+
+
+@triton.jit
+def close_moments(count, state):
+    """Return mean and sum of squared deviations of the chunk's magnitudes, in float64."""
+    pivot, center, total, squares = state
+    n = count.to(tl.float64)
+    excess = tree_sum(total).to(tl.float64)
+    mean = pivot.to(tl.float64) + (center.to(tl.float64) + excess / n)
+    return mean, tree_sum(squares).to(tl.float64) - excess * excess / n
+
+
+@triton.jit
+def _magnitudes(ptr, offs, count, r, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
     if MASKED:
         w = wide(tl.load(ptr + offs, mask=offs < count, other=0.0))
     else:
         w = wide(tl.load(ptr + offs))
     a, _ = magnitude(w, r, SMOOTH)
-    return tl.where(offs < count, a - pivot, 0.0) if MASKED else a - pivot
+    return a
 
 
 @triton.jit
-def _chunk_moments(ptr, count, pivot, r, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Return mean and sum of squared deviations of a - pivot over one chunk, in float64."""
-    lanes = tl.arange(0, BLOCK)
-    first = _deviation(ptr, lanes, count, pivot, r, SMOOTH, MASKED)
-    # Sums about the first block's mean stay accurate where all magnitudes lie close together, far from the pivot.
+def _chunk_moments(ptr, count, r, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
+    lanes = tl.arange(0, LANES)
+    state = open_moments(_magnitudes(ptr, lanes, count, r, SMOOTH, MASKED), lanes, count, MASKED)
     if MASKED:
-        center = tl.sum(first) / tl.minimum(count, BLOCK).to(first.dtype)
-        total = tl.where(lanes < count, first - center, 0.0)
-        steps = tl.cdiv(count, BLOCK).to(tl.int32)
-    else:
-        center = tl.sum(first) / BLOCK
-        total = first - center
-        steps = _CHUNK // BLOCK
-    squares = total * total
-    for i in range(1, steps):
-        offs = i * BLOCK + lanes
-        d = _deviation(ptr, offs, count, pivot, r, SMOOTH, MASKED) - center
-        if MASKED:
-            d = tl.where(offs < count, d, 0.0)
-        total += d
-        squares = tl.fma(d, d, squares)
-    n = count.to(tl.float64)
-    excess = tl.sum(total).to(tl.float64)
-    return center.to(tl.float64) + excess / n, tl.sum(squares).to(tl.float64) - excess * excess / n
+        for i in range(1, tl.cdiv(count, LANES).to(tl.int32)):
+            offs = i * LANES + lanes
+            state = add_moments(_magnitudes(ptr, offs, count, r, SMOOTH, MASKED), offs, count, state, MASKED)
+    else:  # unrolled, so that several loads are under way at a time
+        for i in tl.range(1, _CHUNK // LANES, loop_unroll_factor=_UNROLL):
+            offs = i * LANES + lanes
+            state = add_moments(_magnitudes(ptr, offs, count, r, SMOOTH, MASKED), offs, count, state, MASKED)
+    return close_moments(count, state)
 
 
 @triton.jit
-def _merged(partials_ptr, first_chunk, num_chunks, numel):
-    """Return mean(a - pivot) and V of one tensor from its chunks' partials, in fixed order."""
+def merge_moments(partials_ptr, first_chunk, num_chunks, numel, pivot):
+    """Return mean - pivot and V of one tensor from its chunks' partials, in fixed order, in float64."""
     n = numel.to(tl.float64)
     lanes = tl.arange(0, _MERGE)
     sums = tl.zeros((_MERGE,), tl.float64)
@@ -89,8 +120,8 @@ def _merged(partials_ptr, first_chunk, num_chunks, numel):
         means = tl.load(
             partials_ptr + 2 * (first_chunk + chunk), mask=chunk < num_chunks, other=0.0, cache_modifier=".cg"
         )
-        sums += tl.where(chunk < num_chunks, counts * means, 0.0)
-    shift = tl.sum(sums) / n
+        sums += tl.where(chunk < num_chunks, counts * (means - pivot), 0.0)
+    shift = tree_sum(sums) / n
     sums = tl.zeros((_MERGE,), tl.float64)
     for base in range(0, num_chunks, _MERGE):
         chunk = base + lanes
@@ -98,9 +129,10 @@ def _merged(partials_ptr, first_chunk, num_chunks, numel):
         entry_ptr = partials_ptr + 2 * (first_chunk + chunk)
         means = tl.load(entry_ptr, mask=chunk < num_chunks, other=0.0, cache_modifier=".cg")
         squares = tl.load(entry_ptr + 1, mask=chunk < num_chunks, other=0.0, cache_modifier=".cg")
-        sums += tl.where(chunk < num_chunks, squares + counts * (means - shift) * (means - shift), 0.0)
+        off = (means - pivot) - shift
+        sums += tl.where(chunk < num_chunks, squares + counts * off * off, 0.0)
     # Rounding in a chunk's sum of squares may leave it a hair below zero; NaN must pass.
-    var = tl.sum(sums) / n
+    var = tree_sum(sums) / n
     return shift, tl.where(var < 0.0, 0.0, var)
 
 
@@ -136,6 +168,40 @@ def _formula(m, v, n, total, eps, FAMILY: tl.constexpr):
     return f, by_mean, by_var
 
 
+@triton.jit
+def finish_layer(
+    row_ptr,
+    partials_ptr,
+    first_chunk,
+    stats_ptr,
+    coef_ptr,
+    r,
+    eps,
+    total,
+    num_layers,
+    DTYPE: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    FAMILY: tl.constexpr,
+):
+    """Merge the chunks of a tensor that all programs are done with; write its column of ``stats`` and ``coef``."""
+    numel = tl.load(row_ptr + ROW_LENGTH)
+    weight_ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE))
+    head, _ = magnitude(wide(tl.load(weight_ptr, cache_modifier=".cg")), r, SMOOTH)
+    p = head.to(tl.float64)
+    shift, v = merge_moments(partials_ptr, first_chunk, tl.cdiv(numel, _CHUNK), numel, p)
+    m = p + shift
+    column = tl.load(row_ptr + ROW_POSITION)
+    tl.store(stats_ptr + column, m)
+    tl.store(stats_ptr + num_layers + column, v)
+    tl.store(stats_ptr + 2 * num_layers + column, p)
+    tl.store(stats_ptr + 3 * num_layers + column, shift)
+    if FAMILY is not None:
+        f, by_mean, by_var = _formula(m, v, numel.to(tl.float64), total, eps, FAMILY)
+        tl.store(coef_ptr + column, f)
+        tl.store(coef_ptr + num_layers + column, by_mean)
+        tl.store(coef_ptr + 2 * num_layers + column, by_var)
+
+
 @triton.jit(do_not_specialize=["num_layers", "total"])
 def _moments_kernel(
     rows_ptr,
@@ -153,48 +219,47 @@ def _moments_kernel(
     DTYPE: tl.constexpr,
     SMOOTH: tl.constexpr,
     FAMILY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """One program per chunk writes ``partials``; the last of a tensor writes its column of ``stats`` and ``coef``."""
-    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, ROW_EXTRA)
-    address = tl.load(row_ptr + ROW_ADDRESS)
-    numel = tl.load(row_ptr + ROW_LENGTH)
-    start = chunk * _CHUNK
-    count = tl.minimum(numel - start, _CHUNK)
+    """One program per chunk writes ``partials``; the last of a tensor writes its column of ``stats`` and ``coef``.
 
-    weight_ptr = address.to(tl.pointer_type(DTYPE))
-    head = wide(tl.load(weight_ptr))
-    r = from_pair(r_high, r_low).to(head.dtype)
-    pivot, _ = magnitude(head, r, SMOOTH)
-    if (count == _CHUNK) & is_aligned(address):
-        full_ptr = tl.multiple_of(weight_ptr, 16) + start
-        mean, squares = _chunk_moments(full_ptr, count, pivot, r, SMOOTH, BLOCK, MASKED=False)
-    else:
-        mean, squares = _chunk_moments(weight_ptr + start, count, pivot, r, SMOOTH, BLOCK, MASKED=True)
-    pid = tl.program_id(0).to(tl.int64)
-    tl.store(partials_ptr + 2 * pid, mean)
-    tl.store(partials_ptr + 2 * pid + 1, squares)
+    A tensor at position -1 is passed over: a table of the fused step holds parameters without a penalty, too.
+    """
+    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, WIDTH)
+    if tl.load(row_ptr + ROW_POSITION) >= 0:
+        address = tl.load(row_ptr + ROW_ADDRESS)
+        numel = tl.load(row_ptr + ROW_LENGTH)
+        start = chunk * _CHUNK
+        count = tl.minimum(numel - start, _CHUNK)
 
-    # All of this program's writes come before its count; the last to count sees everybody's.
-    tl.debug_barrier()
-    num_chunks = tl.cdiv(numel, _CHUNK)
-    finished = tl.atomic_add(counters_ptr + tensor, 1, sem="acq_rel")
-    if finished == num_chunks - 1:
-        tl.store(counters_ptr + tensor, 0)  # ready for the next call, or the next replay of a graph
-        shift, v = _merged(partials_ptr, pid - chunk, num_chunks, numel)
-        p = pivot.to(tl.float64)
-        m = p + shift
-        column = tl.load(row_ptr + ROW_POSITION)
-        tl.store(stats_ptr + column, m)
-        tl.store(stats_ptr + num_layers + column, v)
-        tl.store(stats_ptr + 2 * num_layers + column, p)
-        tl.store(stats_ptr + 3 * num_layers + column, shift)
-        if FAMILY is not None:
-            n = numel.to(tl.float64)
-            f, by_mean, by_var = _formula(m, v, n, tl.full((), total, tl.float64), from_pair(eps_high, eps_low), FAMILY)
-            tl.store(coef_ptr + column, f)
-            tl.store(coef_ptr + num_layers + column, by_mean)
-            tl.store(coef_ptr + 2 * num_layers + column, by_var)
+        weight_ptr = address.to(tl.pointer_type(DTYPE))
+        COMPUTE: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+        r = from_pair(r_high, r_low).to(COMPUTE)
+        if (count == _CHUNK) & is_aligned(address):
+            mean, squares = _chunk_moments(tl.multiple_of(weight_ptr, 16) + start, count, r, SMOOTH, MASKED=False)
+        else:
+            mean, squares = _chunk_moments(weight_ptr + start, count, r, SMOOTH, MASKED=True)
+        pid = tl.program_id(0).to(tl.int64)
+        tl.store(partials_ptr + 2 * pid, mean)
+        tl.store(partials_ptr + 2 * pid + 1, squares)
+
+        if is_last(counters_ptr + tensor, tl.cdiv(numel, _CHUNK)):
+            eps = from_pair(eps_high, eps_low)
+            everything = tl.full((), total, tl.float64)
+            finish_layer(
+                row_ptr,
+                partials_ptr,
+                pid - chunk,
+                stats_ptr,
+                coef_ptr,
+                r,
+                eps,
+                everything,
+                num_layers,
+                DTYPE,
+                SMOOTH,
+                FAMILY,
+            )
 
 
 @triton.jit
@@ -299,13 +364,8 @@ def _gradient_kernel(
         )
 
 
-def _moments_constants(dtype: torch.dtype, smooth: bool, family: str | None) -> dict:
-    return {
-        "DTYPE": TRITON_DTYPES[dtype],
-        "SMOOTH": smooth,
-        "FAMILY": family,
-        "BLOCK": config("moments", dtype).block,
-    }
+def _moments_constants(dtype: torch.dtype, smooth: bool, family: str | None, width: int) -> dict:
+    return {"DTYPE": TRITON_DTYPES[dtype], "SMOOTH": smooth, "FAMILY": family, "WIDTH": width}
 
 
 def _gradient_constants(dtype: torch.dtype, smooth: bool, accumulate: bool, lam_tensor: bool) -> dict:
@@ -347,7 +407,7 @@ def launch_moments(
         *float_pair(eps),
         stats.shape[1],
         total,
-        **_moments_constants(dtype, r != 0, family),
+        **_moments_constants(dtype, r != 0, family, rows.shape[1]),
         **config("moments", dtype).options(),
     )
 
@@ -395,7 +455,7 @@ def variants() -> list[Variant]:
         forms = [(True, family) for family in (*families, None)] + [(False, "l1")]
         for smooth, family in forms:
             label = f"{name} {family or 'stats'} {'smooth' if smooth else 'r=0'}"
-            constants = _moments_constants(dtype, smooth, family)
+            constants = _moments_constants(dtype, smooth, family, 4)
             # A family is a few instructions at the very end: the two longest formulas stand for all.
             essential = (smooth and family in ("wcr", "log")) or not smooth
             warps = config("moments", dtype).warps
