@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import wcr_fast
+from benchmarks.rivals import EPS, R, eager_penalty
 from benchmarks.shapes import make, resnet18, small_tensors
 from benchmarks.timing import interleaved
 from wcr_fast.machine import describe_machine
@@ -32,16 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import reference
 import reference_selection
 
-LAM, EPS, R = 1e-5, 1e-8, 1e-8
-
-
-def eager_penalty(weights: list[Tensor]) -> Tensor:
-    """The penalty as a user writes it: the fastest eager form found (``a.var()`` is slower on the CPU)."""
-    total = 0.0
-    for w in weights:
-        a = torch.sqrt(w * w + R)
-        total = total + 1.0 / ((a - a.mean()).square().mean() + EPS)
-    return LAM * total
+LAM = 1e-5
 
 
 def check(name: str, condition: bool) -> None:
@@ -67,11 +59,11 @@ def penalty_rows(shapes: list[tuple[int, ...]], *, compiled: bool, rounds: int) 
     sides: dict[str, Callable[[], object]] = {
         "add_grad_": wcr.add_grad_,
         "loss": lambda: wcr().backward(),
-        "eager": lambda: eager_penalty(weights).backward(),
+        "eager": lambda: eager_penalty(weights, LAM).backward(),
     }
     if compiled:
         compiled_penalty = torch.compile(eager_penalty)
-        sides["compiled"] = lambda: compiled_penalty(weights).backward()
+        sides["compiled"] = lambda: compiled_penalty(weights, LAM).backward()
     for side in sides.values():
         verify_penalty(weights, side)
     return interleaved(sides, rounds=rounds)

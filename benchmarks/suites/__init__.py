@@ -1,0 +1,1 @@
+"""The suites: each yields its cases for a device; ``python -m benchmarks`` runs them."""
