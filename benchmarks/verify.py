@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,13 @@ class Rule:
     @property
     def state(self) -> tuple[str, ...]:
         return ("momentum_buffer",) if self.kind == "SGD" else ("exp_avg", "exp_avg_sq")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of an optimizer that follows the rule, without lr."""
+        if self.kind == "SGD":
+            return {"weight_decay": self.weight_decay, "momentum": self.momentum}
+        return {"weight_decay": self.weight_decay, "betas": self.betas, "eps": self.eps}
 
     def step(self, w: Tensor, g: Tensor, state: Sequence[Tensor], lr: float, t: int) -> tuple[Tensor, ...]:
         """Return the new weight and state from gradient g (penalty included) in the t-th step, t >= 2."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,66 +18,16 @@ from torch import Tensor, nn
 
 import wcr_fast
 from benchmarks import shapes, verify
-from benchmarks.harness import Case, Device, Side, Subject, captured
+from benchmarks.harness import Case, Device, Side, Subject
 from benchmarks.rivals import eager_penalty
+from benchmarks.stepper import Stepper
+from wcr_fast import optim
 
 LAM = 0.1
 RULES = {"SGD": verify.Rule("SGD", weight_decay=1e-2), "AdamW": verify.Rule("AdamW", weight_decay=1e-1)}
 LR = {"SGD": 0.5, "AdamW": 1e-2}  # of the verified step: large enough to show in bfloat16
 DENSITY = 0.5
 FLOAT32_COPIES = 4  # what eager autograd holds at a time, in float32 copies of the weights
-
-
-@dataclass
-class Stepper:
-    """One copy of the parameters with its optimizer, and what a step must do to them."""
-
-    params: list[Tensor]
-    optimizer: torch.optim.Optimizer
-    rule: verify.Rule
-    lam: float = 0.0
-    before: Callable[[], object] | None = None
-    keep: list[Tensor] | None = None
-    count: int = 0
-    run: Callable[[], object] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.run = self.issue
-
-    def issue(self) -> None:
-        if self.before is not None:
-            self.before()
-        self.optimizer.step()
-
-    def step(self) -> None:
-        self.run()
-        self.count += 1
-
-    def capture(self) -> None:
-        """Replace the step by the replay of a graph of it."""
-        self.run = captured(self.issue)
-        self.count += 3
-
-    def state(self, i: int) -> list[Tensor]:
-        """Return the state of the i-th parameter in the rule's order; bitsandbytes has names of its own."""
-        state = self.optimizer.state[self.params[i]]
-        return [state[name] if name in state else state[f"state{at}"] for at, name in enumerate(self.rule.state, 1)]
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-
-    def verify(self, name: str, lr: float) -> None:
-        """Raise WrongResult unless a step with this learning rate does what the formulas say; then set it to 0."""
-        keep = None if self.keep is None else self.keep.__getitem__
-        self.set_lr(lr)
-        verify.check_step(
-            name, self.rule, self.params, self.state, self.step, lr=lr, t=self.count + 1, lam=self.lam, keep=keep
-        )
-        self.set_lr(0.0)
 
 
 def lists(device: Device, *, quick: bool) -> list[tuple[str, torch.dtype, str]]:
@@ -128,9 +78,12 @@ class Ways:
         sides.append(self.side("torch fused, eager penalty", self._torch(fused=True), before=_eager, extra=16))
         sides.append(self.side("torch foreach", self._torch(foreach=True), extra=2 * self.dtype.itemsize))
         if cuda and importlib.util.find_spec("apex"):
-            sides.append(self.side("apex", self._apex()))
+            name = {"SGD": "FusedSGD", "AdamW": "FusedAdam"}[self.kind]  # FusedAdam is AdamW by default
+            sides.append(self.side("apex", self._elsewhere("apex.optimizers", name)))
         if cuda and self.kind == "AdamW" and importlib.util.find_spec("bitsandbytes"):
-            sides.append(self.side("bitsandbytes, fp32 state", self._bitsandbytes(), state=4))
+            sides.append(
+                self.side("bitsandbytes, fp32 state", self._elsewhere("bitsandbytes.optim", "AdamW32bit"), state=4)
+            )
         return sides
 
     def side(
@@ -177,41 +130,22 @@ class Ways:
         for p, kept in zip(params, keep or (), strict=bool(keep)):
             p.data.view(-1).mul_(kept)
             optimizer._set_mask(p, verify.pack_words(kept))
-        rule = replace(RULES[self.kind])
-        return Stepper(params, optimizer, rule, before=before and before(params), keep=keep)
-
-    def _settings(self) -> dict[str, Any]:
-        rule = RULES[self.kind]
-        named = {"momentum": rule.momentum} if self.kind == "SGD" else {"betas": rule.betas, "eps": rule.eps}
-        return {"weight_decay": rule.weight_decay, **named}
+        return Stepper(params, optimizer, RULES[self.kind], before=before and before(params), keep=keep)
 
     def _torch(self, **how: bool) -> Callable[..., torch.optim.Optimizer]:
         kind = getattr(torch.optim, self.kind)
-        return lambda params, **options: kind(params, **self._settings(), **how, **options)
+        return lambda params, **options: kind(params, **RULES[self.kind].options, **how, **options)
 
     def _ours(self, *, penalty: bool = False, **how: Any) -> Callable[..., torch.optim.Optimizer]:
         if penalty:
             how |= {"penalty": "wcr", "lam": LAM}
 
+        kind = getattr(optim, self.kind)
+        return lambda params, **options: kind(params, **RULES[self.kind].options, **how, **options)
+
+    def _elsewhere(self, module: str, name: str) -> Callable[..., torch.optim.Optimizer]:
         def make(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-            from wcr_fast import optim
-
-            return getattr(optim, self.kind)(params, **self._settings(), **how, **options)
-
-        return make
-
-    def _apex(self) -> Callable[..., torch.optim.Optimizer]:
-        def make(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-            kinds = {"SGD": "FusedSGD", "AdamW": "FusedAdam"}  # FusedAdam is AdamW by default
-            return getattr(importlib.import_module("apex.optimizers"), kinds[self.kind])(
-                params, **self._settings(), **options
-            )
-
-        return make
-
-    def _bitsandbytes(self) -> Callable[..., torch.optim.Optimizer]:
-        def make(params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-            return importlib.import_module("bitsandbytes.optim").AdamW32bit(params, **self._settings(), **options)
+            return getattr(importlib.import_module(module), name)(params, **RULES[self.kind].options, **options)
 
         return make
 
