@@ -111,10 +111,11 @@ def magnitude(w, r, SMOOTH: tl.constexpr):
     elif w.dtype == tl.float64:
         a = tl.sqrt(tl.fma(w, w, r))
         s = w / a
-    else:  # one special-function instruction gives both
+    else:  # one special-function instruction for both
         v = tl.fma(w, w, r)
-        inverse = tl.rsqrt(v)
+        inverse = tl.rsqrt(v)  # to 2 units in the last place; one step of Newton's rounds the root right
         a = v * inverse
+        a = tl.fma(tl.fma(-a, a, v) * 0.5, inverse, a)
         s = w * inverse
     return a, s
 

@@ -44,11 +44,13 @@ class LaunchConfig:
 
 # (op, bytes per element) -> settings. Rows differ only where a reason is given.
 _CONFIGS = {
-    # Twice this would fill 16 KiB, but its float32 copies spill registers.
-    ("moments", 2): LaunchConfig(4096, 8),
-    ("moments", 4): LaunchConfig(4096, 8),
-    # Twice this spills under Triton 3.6, and float64 roots take longer than the loads anyway.
+    # Blocks of LANES elements, so that every kernel sums in the same order; 16 bytes a thread and load.
+    ("moments", 2): LaunchConfig(1024, 4),
+    ("moments", 4): LaunchConfig(1024, 8),
     ("moments", 8): LaunchConfig(1024, 8),
+    ("step", 2): LaunchConfig(1024, 4),
+    ("step", 4): LaunchConfig(1024, 8),
+    ("step", 8): LaunchConfig(1024, 8),
     # Two streams are read: half a block of each keeps the same bytes in flight and the registers low.
     ("gradient", 2): LaunchConfig(2048, 8),
     ("gradient", 4): LaunchConfig(2048, 8),
@@ -78,6 +80,11 @@ _CONFIGS = {
 def config(op: str, dtype: torch.dtype) -> LaunchConfig:
     """Return the launch settings of an op for one dtype."""
     return _CONFIGS[op, dtype.itemsize]
+
+
+def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> None:
+    """Launch so many programs of a kernel, its arguments by position, its compile-time constants by name."""
+    kernel[(programs,)](*args, **constants, **options)
 
 
 def float_pair(value: float) -> tuple[float, float]:

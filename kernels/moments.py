@@ -33,7 +33,7 @@ from ._tile import (
     tree_sum,
     wide,
 )
-from .launch import CHUNK, TRITON_DTYPES, Variant, config, float_pair
+from .launch import CHUNK, TRITON_DTYPES, Variant, config, float_pair, launch
 
 FAMILIES = ("wcr", "l1", "hoyer_square", "relative", "log")
 
@@ -53,11 +53,12 @@ def open_moments(a, lanes, count, MASKED: tl.constexpr):
     pivot = tl.sum(tl.where(lanes == 0, a, 0.0))
     if MASKED:
         d = tl.where(lanes < count, a - pivot, 0.0)
-        center = tree_sum(d) / tl.minimum(count, LANES).to(a.dtype)
+        # by way of float64: 1 / 1024 has to come out as exactly as where it is a constant
+        center = tree_sum(d) * (1.0 / tl.minimum(count, LANES).to(tl.float64)).to(a.dtype)
         total = tl.where(lanes < count, d - center, 0.0)
     else:
         d = a - pivot
-        center = tree_sum(d) / LANES
+        center = tree_sum(d) * (1.0 / LANES)
         total = d - center
     return pivot, center, total, total * total
 
@@ -396,7 +397,7 @@ def launch_moments(
     partials: float64, two per chunk. counters: int32, one per tensor, zero before and after.
     """
     family, eps = rule if rule else (None, 0.0)
-    _moments_kernel[(block_to_tensor.numel(),)](
+    args = (
         rows,
         block_to_tensor,
         partials,
@@ -407,9 +408,9 @@ def launch_moments(
         *float_pair(eps),
         stats.shape[1],
         total,
-        **_moments_constants(dtype, r != 0, family, rows.shape[1]),
-        **config("moments", dtype).options(),
     )
+    constants = _moments_constants(dtype, r != 0, family, rows.shape[1])
+    launch(_moments_kernel, block_to_tensor.numel(), args, constants, config("moments", dtype).options())
 
 
 def launch_gradient(
@@ -426,7 +427,7 @@ def launch_gradient(
 ) -> None:
     """Add lam times the penalty's gradient to the tensors at grad_addrs (int64, one per table row), or write it."""
     lam_tensor = isinstance(lam, Tensor)
-    _gradient_kernel[(block_to_tensor.numel(),)](
+    args = (
         rows,
         block_to_tensor,
         grad_addrs,
@@ -436,9 +437,9 @@ def launch_gradient(
         *float_pair(0.0 if lam_tensor else lam),
         *float_pair(r),
         stats.shape[1],
-        **_gradient_constants(dtype, r != 0, accumulate, lam_tensor),
-        **config("gradient", dtype).options(),
     )
+    constants = _gradient_constants(dtype, r != 0, accumulate, lam_tensor)
+    launch(_gradient_kernel, block_to_tensor.numel(), args, constants, config("gradient", dtype).options())
 
 
 def variants() -> list[Variant]:

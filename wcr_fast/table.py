@@ -27,7 +27,8 @@ CACHE_SIZE = 32
 _captured: dict[int, object] = {}
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
+    """Tell whether a CUDA graph is being captured on this device's current stream."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -35,7 +36,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _refuse_capture(device: torch.device) -> None:
-    if _capturing(device):
+    if capturing(device):
         raise RuntimeError(
             "a CUDA graph capture can't build the tables of an op: run the op once on the capture stream before "
             "capturing: `with torch.cuda.stream(s): ...`, then `torch.cuda.graph(g, stream=s)`, with the same "
@@ -44,8 +45,9 @@ def _refuse_capture(device: torch.device) -> None:
         )
 
 
-def _keep_for_graph(device: torch.device, used: object) -> None:
-    if _capturing(device):
+def keep_for_graph(device: torch.device, used: object) -> None:
+    """Keep an object for good where a graph that reads its memory is being captured."""
+    if capturing(device):
         _captured[id(used)] = used
 
 
@@ -83,7 +85,7 @@ class TensorTable:
         pointers = tuple(t.data_ptr() for t in tensors)
         if self._addresses is None or self._addresses[0] != pointers:
             self._addresses = pointers, upload(np.array(pointers, dtype=np.int64), self.device)
-        _keep_for_graph(self.device, self._addresses[1])
+        keep_for_graph(self.device, self._addresses[1])
         return self._addresses[1]
 
 
@@ -95,6 +97,15 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
         return host.to(device)
     # The caching host allocator hands a pinned buffer out again only after the copy from it has run.
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def send(array: np.ndarray, device: torch.device, into: Tensor | None) -> Tensor:
+    """Copy a small array over a tensor that stays where it is (a captured graph reads it there), or to a new one."""
+    if into is None:
+        return upload(array, device)
+    _refuse_capture(device)
+    host = torch.from_numpy(array)
+    return into.copy_(host.pin_memory() if device.type == "cuda" else host, non_blocking=True)
 
 
 @functools.lru_cache(maxsize=CACHE_SIZE)
@@ -143,7 +154,7 @@ def build_table(
     else:
         entries = tuple((t.data_ptr(), n, *more) for t, n, more in zip(tensors, lengths, extra, strict=True))
     table = _build(device, dtype, stream, chunk, tuple(positions), entries)
-    _keep_for_graph(device, table)
+    keep_for_graph(device, table)
     return table
 
 

@@ -30,7 +30,7 @@ def _stats_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-class _Scratch:
+class Scratch:
     """Block buffers and r of one call: nothing here is as large as a layer, except off the CPU."""
 
     def __init__(self, r: float) -> None:
@@ -70,7 +70,7 @@ def _blocks(flat: Tensor) -> Iterator[Tensor]:
     return iter(flat.split(BLOCK))
 
 
-def _one_sweep(flat: Tensor, scratch: _Scratch) -> tuple[float, float]:
+def _one_sweep(flat: Tensor, scratch: Scratch) -> tuple[float, float]:
     total, squares = 0.0, 0.0
     for block in _blocks(flat):
         x = scratch.widened("x", block)
@@ -86,7 +86,7 @@ def _one_sweep(flat: Tensor, scratch: _Scratch) -> tuple[float, float]:
     return mean, squares / n - mean * mean
 
 
-def _about_pivot(flat: Tensor, pivot: Tensor, scratch: _Scratch) -> tuple[float, float]:
+def _about_pivot(flat: Tensor, pivot: Tensor, scratch: Scratch) -> tuple[float, float]:
     total, squares = 0.0, 0.0
     for block in _blocks(flat):
         x = scratch.widened("x", block)
@@ -98,7 +98,7 @@ def _about_pivot(flat: Tensor, pivot: Tensor, scratch: _Scratch) -> tuple[float,
     return shift, max(squares / n - shift * shift, 0.0) if squares == squares else squares
 
 
-def _stats_of(flat: Tensor, scratch: _Scratch) -> tuple[float, float, float, float]:
+def _stats_of(flat: Tensor, scratch: Scratch) -> tuple[float, float, float, float]:
     if flat.numel() == 0:
         return 0.0, 0.0, 0.0, 0.0
     mean, var = _one_sweep(flat, scratch)
@@ -121,17 +121,17 @@ def layer_moments(
 
     Stats are float64 [4, L] on the first tensor's device: mean, variance, pivot, mean - pivot.
     """
-    scratch = _Scratch(r)
+    scratch = Scratch(r)
     rows = [_stats_of(flat_view(t), scratch) for t in tensors]
     device = tensors[0].device
     return torch.tensor(rows, dtype=_stats_dtype(device)).reshape(-1, 4).t().contiguous().to(device), None
 
 
-def _put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: _Scratch, *, add: bool) -> None:
-    """Write (b + c (a - m)) s of one block into target, or add it."""
+def put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: Scratch, *, add: bool) -> None:
+    """Write (b + c (a - m)) s of one block into target, or add it; x has the dtype of the arithmetic."""
     if target.dtype != x.dtype:  # torch adds in the wider of the two: one rounding, at the end
         wide = scratch.take("g", x, x.dtype)
-        _put(wide, x, layer, scratch, add=False)
+        put(wide, x, layer, scratch, add=False)
         target.add_(wide) if add else target.copy_(wide)
         return
     mean, pivot, shift, b, c = layer
@@ -153,14 +153,19 @@ def _put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: _Scratch,
     target.add_(t) if add else target.copy_(t)
 
 
-def _layers(stats: Tensor, coef: Tensor, tensors: Sequence[Tensor], lam: float) -> list[tuple[float, ...]]:
+def pulls(stats: Tensor, coef: Tensor, sizes: Sequence[int], lams: Sequence[float]) -> list[tuple[float, ...]]:
+    """Return mean, pivot, mean - pivot, b and c of every layer of so many elements, at its strength: see ``put``."""
     mean, _, pivot, shift = stats.tolist()
     _, slope_mean, slope_var = coef.tolist()
     return [
         (mean[i], pivot[i], shift[i], lam * slope_mean[i] / n, 2.0 * lam * slope_var[i] / n)
-        for i, t in enumerate(tensors)
-        for n in (max(t.numel(), 1),)
+        for i, (size, lam) in enumerate(zip(sizes, lams, strict=True))
+        for n in (max(size, 1),)
     ]
+
+
+def _layers(stats: Tensor, coef: Tensor, tensors: Sequence[Tensor], lam: float) -> list[tuple[float, ...]]:
+    return pulls(stats, coef, [t.numel() for t in tensors], [lam] * len(tensors))
 
 
 def add_grad_(
@@ -172,26 +177,26 @@ def add_grad_(
     r: float,
 ) -> None:
     """Add lam * s * (b + c (a - m)) to every gradient, b = coef[1] / n and c = 2 coef[2] / n."""
-    scratch = _Scratch(r)
+    scratch = Scratch(r)
     for grad, tensor, layer in zip(grads, tensors, _layers(stats, coef, tensors, float(lam)), strict=True):
         if not same_layout(grad, tensor):
             grad.add_(_written(tensor, layer, scratch))
             continue
         for g, block in zip(_blocks(flat_view(grad)), _blocks(flat_view(tensor)), strict=True):
-            _put(g, scratch.widened("x", block), layer, scratch, add=True)
+            put(g, scratch.widened("x", block), layer, scratch, add=True)
 
 
-def _written(tensor: Tensor, layer: tuple[float, ...], scratch: _Scratch) -> Tensor:
+def _written(tensor: Tensor, layer: tuple[float, ...], scratch: Scratch) -> Tensor:
     out = torch.empty_like(tensor)
     if not same_layout(out, tensor):  # gaps or overlaps: the result has none
         tensor = torch.empty_like(out).copy_(tensor)
     for o, block in zip(_blocks(flat_view(out)), _blocks(flat_view(tensor)), strict=True):
-        _put(o, scratch.widened("x", block), layer, scratch, add=False)
+        put(o, scratch.widened("x", block), layer, scratch, add=False)
     return out
 
 
 def grads(tensors: Sequence[Tensor], stats: Tensor, coef: Tensor, r: float) -> list[Tensor]:
     """Return s * (b + c (a - m)) of every tensor, each with its tensor's dtype."""
-    scratch = _Scratch(r)
+    scratch = Scratch(r)
     layers = _layers(stats, coef, tensors, 1.0)
     return [_written(t, layer, scratch) for t, layer in zip(tensors, layers, strict=True)]

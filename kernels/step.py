@@ -1,0 +1,569 @@
+"""SGD and AdamW in one launch, with the penalty's gradient, the mask and the next step's moments in the same pass.
+
+Per weight, with s, a, b, c and the moments of :mod:`moments`, those of the weights as they are when the step begins:
+
+    g <- sign (g / scale + lam s (b + c ((a - p) - shift)))          the gradient of loss + lam psi
+    SGD:    g <- g + wd w,  buf <- mu buf + (1 - damp) g,  w <- w - lr (buf, or g + mu buf with Nesterov)
+    AdamW:  m <- m + (1 - beta1) (g - m),  v <- beta2 v + (1 - beta2) g^2,
+            w <- (1 - lr wd) w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+Reads and writes each array once: nothing is added to the bytes of the plain step but, with a mask, 1 bit a weight.
+Each program steps one chunk and reduces the magnitudes it read and those it stored. The first must equal, bit for
+bit, what was stored for this chunk before: a weight written by anyone else in between raises a flag in host memory.
+The last program of a tensor merges the new ones into the coefficients of the next step, and counts the step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tile import (
+    LANES,
+    ROW_ADDRESS,
+    ROW_LENGTH,
+    ROW_POSITION,
+    is_aligned,
+    is_last,
+    locate,
+    magnitude,
+    narrow,
+    wide,
+)
+from .launch import CHUNK, TRITON_DTYPES, config, launch
+from .moments import add_moments, close_moments, finish_layer, open_moments
+
+_CHUNK = tl.constexpr(CHUNK)
+
+# A row of the table: what every table has, then for a step. Addresses are 0 where there is no such thing.
+ROW = (
+    *("address", "numel", "first_chunk", "position"),  # position: column of the moments, -1 without penalty
+    *("layer_size", "group", "step", "first", "second", "third", "master", "words", "order"),
+)
+# A parameter group's numbers, float64; lr, weight decay and lam may instead be read from the device.
+SETTINGS = (
+    *("lr", "weight_decay", "lam", "beta1", "beta2", "eps", "sign", "nesterov", "log_beta1", "log_beta2", "seed"),
+    *("r", "penalty_eps", "penalty_total"),
+)
+# In place of a gradient's address: the weight has none and is stepped for its penalty alone.
+PENALTY_ONLY = 1
+_PENALTY_ONLY = tl.constexpr(PENALTY_ONLY)
+
+_WIDTH = tl.constexpr(len(ROW))
+_LAYER_SIZE = tl.constexpr(ROW.index("layer_size"))
+_GROUP = tl.constexpr(ROW.index("group"))
+_STEP = tl.constexpr(ROW.index("step"))
+_FIRST = tl.constexpr(ROW.index("first"))
+_SECOND = tl.constexpr(ROW.index("second"))
+_THIRD = tl.constexpr(ROW.index("third"))
+_MASTER = tl.constexpr(ROW.index("master"))
+_WORDS = tl.constexpr(ROW.index("words"))
+_ORDER = tl.constexpr(ROW.index("order"))
+
+_NUM_SETTINGS = tl.constexpr(len(SETTINGS))
+_LR = tl.constexpr(SETTINGS.index("lr"))
+_WEIGHT_DECAY = tl.constexpr(SETTINGS.index("weight_decay"))
+_LAM = tl.constexpr(SETTINGS.index("lam"))
+_BETA1 = tl.constexpr(SETTINGS.index("beta1"))  # SGD's momentum
+_BETA2 = tl.constexpr(SETTINGS.index("beta2"))  # SGD's dampening
+_EPS = tl.constexpr(SETTINGS.index("eps"))
+_SIGN = tl.constexpr(SETTINGS.index("sign"))
+_NESTEROV = tl.constexpr(SETTINGS.index("nesterov"))
+_LOG_BETA1 = tl.constexpr(SETTINGS.index("log_beta1"))
+_LOG_BETA2 = tl.constexpr(SETTINGS.index("log_beta2"))
+_SEED = tl.constexpr(SETTINGS.index("seed"))
+_R = tl.constexpr(SETTINGS.index("r"))
+_PENALTY_EPS = tl.constexpr(SETTINGS.index("penalty_eps"))
+_PENALTY_TOTAL = tl.constexpr(SETTINGS.index("penalty_total"))
+
+# Per group the addresses of lr, weight decay and lam (bit 0 set: float64, else float32), then that of the flag.
+_ADDRESSES = tl.constexpr(4)
+_CHANGED = tl.constexpr(3)
+
+
+@triton.jit
+def _setting(settings_ptr, addresses_ptr, COLUMN: tl.constexpr, TENSOR: tl.constexpr):
+    """Return a setting in float64: the number, or the scalar in device memory that stands for it."""
+    value = tl.load(settings_ptr + COLUMN)
+    address = tl.load(addresses_ptr + TENSOR)
+    if address != 0:
+        if (address & 1) == 1:
+            value = tl.load((address - 1).to(tl.pointer_type(tl.float64)))
+        else:
+            value = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
+    return value
+
+
+@triton.jit
+def _mixed(x):
+    """Scramble 32 bits (lowbias32, Chris Wellons, public domain)."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _rounded_at_random(x, key, offs):
+    """Round float32 to a bfloat16 value, up with the probability of the part cut off; inf and NaN stay."""
+    bits = x.to(tl.uint32, bitcast=True)
+    noise = _mixed(key ^ offs.to(tl.uint32)) & 0xFFFF
+    rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < float("inf"), rounded, x)
+
+
+@triton.jit
+def _joined(stored, remainder):
+    """Return the float32 whose nearest bfloat16 is ``stored`` and whose low bits are ``remainder``."""
+    high = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
+    return (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(x):
+    """Return the nearest bfloat16 (halves away from zero) and what is missing, as int16."""
+    bits = tl.where(x == x, x, float("nan")).to(tl.int32, bitcast=True)  # one NaN: no carry into the sign
+    high = (bits + 0x8000) >> 16
+    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (bits - (high << 16)).to(tl.int16)
+
+
+@triton.jit
+def _sgd(x, g, first, numbers, MOMENTUM: tl.constexpr):
+    """Return the new value and momentum buffer."""
+    minus_lr, weight_decay, mu, share, nesterov = numbers
+    g = tl.fma(x, weight_decay, g)
+    if MOMENTUM:
+        first = tl.fma(g, share, mu * first)
+        g = tl.where(nesterov, tl.fma(first, mu, g), first)
+    return tl.fma(g, minus_lr, x), first
+
+
+@triton.jit
+def _adamw(x, g, first, second, third, numbers, AMSGRAD: tl.constexpr):
+    """Return the new value, both moments of the gradient and the largest second one."""
+    minus_step, kept, share, beta2, share2, root, eps = numbers
+    first = tl.fma(g - first, share, first)
+    second = tl.fma(g * g, share2, second * beta2)
+    if AMSGRAD:
+        third = tl.maximum(third, second, propagate_nan=tl.PropagateNan.ALL)
+        spread = tl.sqrt(third)
+    else:
+        spread = tl.sqrt(second)
+    return tl.fma(first / tl.fma(spread, root, eps), minus_step, x * kept), first, second, third
+
+
+@triton.jit
+def _step_block(
+    i,
+    lanes,
+    count,
+    grad_count,
+    penalised,
+    pointers,
+    words,
+    key,
+    inverse_scale,
+    sign,
+    layer,
+    numbers,
+    ALGORITHM: tl.constexpr,
+    MASTER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    PENALTY: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    MASK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Step one block; return the magnitudes of what was read and of what was stored."""
+    weight_ptr, grad_ptr, first_ptr, second_ptr, third_ptr, master_ptr = pointers
+    pivot, shift, b, c, decoupled, r = layer
+    offs = i * LANES + lanes
+    mask = (offs < count) if MASKED else None
+    other = 0.0 if MASKED else None
+
+    raw = tl.load(weight_ptr + offs, mask=mask, other=other)
+    stored = wide(raw)
+    x = stored
+    if MASTER == "float32":
+        master = tl.load(master_ptr + offs, mask=mask, other=other)
+        # A weight that somebody else wrote since counts, not the master copy of its old value.
+        x = tl.where(narrow(master, raw.dtype) == raw, master, stored)
+    elif MASTER == "remainder":
+        x = _joined(raw, tl.load(master_ptr + offs, mask=mask, other=0 if MASKED else None))
+    if MASKED:
+        g = wide(tl.load(grad_ptr + offs, mask=offs < grad_count, other=0.0)).to(x.dtype)
+    else:
+        g = wide(tl.load(grad_ptr + offs)).to(x.dtype)
+    g *= inverse_scale
+    before = stored
+    pull = stored
+    if PENALTY is not None:
+        before, s = magnitude(stored, r, SMOOTH)
+        pull = s * tl.fma((before - pivot) - shift, c, b)
+        if PENALTY == "coupled":
+            g = tl.where(penalised, g + pull, g)
+    g *= sign
+
+    first, second, third = x, x, x
+    if ALGORITHM == "sgd":
+        if MOMENTUM:
+            first = wide(tl.load(first_ptr + offs, mask=mask, other=other)).to(x.dtype)
+        new, first = _sgd(x, g, first, numbers, MOMENTUM)
+    else:
+        first = wide(tl.load(first_ptr + offs, mask=mask, other=other)).to(x.dtype)
+        second = wide(tl.load(second_ptr + offs, mask=mask, other=other)).to(x.dtype)
+        if AMSGRAD:
+            third = wide(tl.load(third_ptr + offs, mask=mask, other=other)).to(x.dtype)
+        new, first, second, third = _adamw(x, g, first, second, third, numbers, AMSGRAD)
+        if PENALTY == "decoupled":
+            new = tl.where(penalised, tl.fma(pull, decoupled, new), new)
+    if MASK:
+        keep = ((words >> i) & 1) != 0
+        new = tl.where(keep, new, 0.0)
+        first = tl.where(keep, first, 0.0)
+        second = tl.where(keep, second, 0.0)
+        third = tl.where(keep, third, 0.0)
+
+    if MASTER == "remainder":
+        rounded, remainder = _split(new)
+        tl.store(master_ptr + offs, remainder, mask=mask)
+    else:
+        if MASTER == "float32":
+            tl.store(master_ptr + offs, new, mask=mask)
+        if STOCHASTIC:
+            new = _rounded_at_random(new, key, offs)
+        rounded = narrow(new, raw.dtype)
+    tl.store(weight_ptr + offs, rounded, mask=mask)
+    if ALGORITHM == "adamw" or MOMENTUM:
+        tl.store(first_ptr + offs, narrow(first, first_ptr.dtype.element_ty), mask=mask)
+    if ALGORITHM == "adamw":
+        tl.store(second_ptr + offs, narrow(second, second_ptr.dtype.element_ty), mask=mask)
+        if AMSGRAD:
+            tl.store(third_ptr + offs, narrow(third, third_ptr.dtype.element_ty), mask=mask)
+    after = before
+    if PENALTY is not None:
+        after, _ = magnitude(wide(rounded), r, SMOOTH)
+    return before, after
+
+
+@triton.jit
+def _step_chunk(
+    count,
+    grad_count,
+    penalised,
+    pointers,
+    words_ptr,
+    words_count,
+    key,
+    inverse_scale,
+    sign,
+    layer,
+    numbers,
+    ALGORITHM: tl.constexpr,
+    MASTER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    PENALTY: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    MASK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Step one chunk; return mean and squared deviations of the magnitudes read, then of those stored."""
+    lanes = tl.arange(0, LANES)
+    words = lanes
+    if MASK:  # bit i of a lane's word belongs to its element of block i; a weight without a mask keeps all
+        words = tl.load(words_ptr + lanes, mask=lanes < words_count, other=-1)
+    before, after = _step_block(
+        0, lanes, count, grad_count, penalised, pointers, words, key, inverse_scale, sign, layer, numbers,
+        ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED,
+    )  # fmt: skip
+    if PENALTY is not None:
+        old = open_moments(before, lanes, count, MASKED)
+        new = open_moments(after, lanes, count, MASKED)
+    steps = tl.cdiv(count, LANES).to(tl.int32) if MASKED else _CHUNK // LANES
+    for i in range(1, steps):
+        before, after = _step_block(
+            i, lanes, count, grad_count, penalised, pointers, words, key, inverse_scale, sign, layer, numbers,
+            ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED,
+        )  # fmt: skip
+        if PENALTY is not None:
+            offs = i * LANES + lanes
+            old = add_moments(before, offs, count, old, MASKED)
+            new = add_moments(after, offs, count, new, MASKED)
+    zero = tl.full((), 0.0, tl.float64)
+    old_mean, old_squares, new_mean, new_squares = zero, zero, zero, zero
+    if PENALTY is not None:
+        old_mean, old_squares = close_moments(count, old)
+        new_mean, new_squares = close_moments(count, new)
+    return old_mean, old_squares, new_mean, new_squares
+
+
+@triton.jit
+def _store_partials(entry_ptr, moments, flag_address, column):
+    """Store a chunk's new moments; raise the flag where the old ones are not those that were stored."""
+    old_mean, old_squares, mean, squares = moments
+    same = old_mean.to(tl.int64, bitcast=True) == tl.load(entry_ptr).to(tl.int64, bitcast=True)
+    same &= old_squares.to(tl.int64, bitcast=True) == tl.load(entry_ptr + 1).to(tl.int64, bitcast=True)
+    if not same:
+        tl.store(flag_address.to(tl.pointer_type(tl.int64)), column + 1)
+    tl.store(entry_ptr, mean)
+    tl.store(entry_ptr + 1, squares)
+
+
+@triton.jit(do_not_specialize=["num_layers"])
+def _step_kernel(
+    rows_ptr,
+    block_to_tensor_ptr,
+    grad_addrs_ptr,
+    settings_ptr,
+    addresses_ptr,
+    partials_ptr,
+    counters_ptr,
+    stats_ptr,
+    coef_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    num_layers,
+    ALGORITHM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    MASTER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    PENALTY: tl.constexpr,
+    FAMILY: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    MASK: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    SCALED: tl.constexpr,
+    SKIPPABLE: tl.constexpr,
+):
+    """One program per chunk writes weight, state and ``partials``; the last of a tensor ``stats``, ``coef``, step."""
+    tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _WIDTH)
+    grad_address = tl.load(grad_addrs_ptr + tensor)
+    active = grad_address != 0
+    if SKIPPABLE:  # a gradient scaler found an overflow: nothing moves
+        active &= tl.load(found_inf_ptr) == 0.0
+    if active:
+        COMPUTE: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
+        address = tl.load(row_ptr + ROW_ADDRESS)
+        numel = tl.load(row_ptr + ROW_LENGTH)
+        column = tl.load(row_ptr + ROW_POSITION)
+        group = tl.load(row_ptr + _GROUP)
+        group_ptr = settings_ptr + group * _NUM_SETTINGS
+        tensors_ptr = addresses_ptr + group * _ADDRESSES
+        step_address = tl.load(row_ptr + _STEP)
+        first_address = tl.load(row_ptr + _FIRST)
+        second_address = tl.load(row_ptr + _SECOND)
+        third_address = tl.load(row_ptr + _THIRD)
+        master_address = tl.load(row_ptr + _MASTER)
+        words_address = tl.load(row_ptr + _WORDS)
+        start = chunk * _CHUNK
+        count = tl.minimum(numel - start, _CHUNK)
+        penalised = column >= 0
+        # Nothing is loaded where there is no gradient, or no mask.
+        grad_count = tl.where(grad_address == _PENALTY_ONLY, 0, count)
+        words_count = tl.where(words_address == 0, 0, count)
+
+        t = tl.full((), 0.0, tl.float64)
+        step_ptr = step_address.to(tl.pointer_type(tl.float32))
+        if step_address != 0:
+            t = tl.load(step_ptr).to(tl.float64)
+        lr = _setting(group_ptr, tensors_ptr, _LR, 0)
+        weight_decay = _setting(group_ptr, tensors_ptr, _WEIGHT_DECAY, 1)
+        beta1 = tl.load(group_ptr + _BETA1)
+        beta2 = tl.load(group_ptr + _BETA2)
+        if ALGORITHM == "sgd":
+            share = tl.where(t == 0.0, 1.0, 1.0 - beta2)  # the first buffer is the gradient, not dampened
+            nesterov = tl.load(group_ptr + _NESTEROV) != 0.0
+            numbers = (
+                (-lr).to(COMPUTE),
+                weight_decay.to(COMPUTE),
+                beta1.to(COMPUTE),
+                share.to(COMPUTE),
+                nesterov,
+            )
+        else:
+            correction1 = 1.0 - tl.exp((t + 1.0) * tl.load(group_ptr + _LOG_BETA1))
+            correction2 = 1.0 - tl.exp((t + 1.0) * tl.load(group_ptr + _LOG_BETA2))
+            numbers = (
+                (-lr / correction1).to(COMPUTE),
+                (1.0 - lr * weight_decay).to(COMPUTE),
+                (1.0 - beta1).to(COMPUTE),
+                beta2.to(COMPUTE),
+                (1.0 - beta2).to(COMPUTE),
+                (1.0 / tl.sqrt(correction2)).to(COMPUTE),
+                tl.load(group_ptr + _EPS).to(COMPUTE),
+            )
+        inverse_scale = tl.full((), 1.0, tl.float64)
+        if SCALED:
+            inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
+        key = tl.full((), 0, tl.uint32)
+        if STOCHASTIC:
+            key = _mixed(
+                tl.load(group_ptr + _SEED).to(tl.int64).to(tl.uint32) ^ tl.load(row_ptr + _ORDER).to(tl.uint32)
+            )
+            key = _mixed(_mixed(key ^ t.to(tl.int64).to(tl.uint32)) ^ chunk.to(tl.uint32))
+        r = tl.load(group_ptr + _R).to(COMPUTE)
+        zero = tl.full((), 0.0, COMPUTE)
+        layer = (zero, zero, zero, zero, zero, r)
+        if PENALTY is not None:
+            place = tl.where(penalised, column, 0)
+            per_element = 1.0 / tl.load(row_ptr + _LAYER_SIZE).to(tl.float64)
+            pull = 1.0 if PENALTY == "decoupled" else _setting(group_ptr, tensors_ptr, _LAM, 2)
+            pull = pull * per_element
+            decoupled = zero
+            if PENALTY == "decoupled":
+                decoupled = (-lr * _setting(group_ptr, tensors_ptr, _LAM, 2)).to(COMPUTE)
+            layer = (
+                tl.load(stats_ptr + 2 * num_layers + place).to(COMPUTE),
+                tl.load(stats_ptr + 3 * num_layers + place).to(COMPUTE),
+                (tl.load(coef_ptr + num_layers + place) * pull).to(COMPUTE),
+                (2.0 * tl.load(coef_ptr + 2 * num_layers + place) * pull).to(COMPUTE),
+                decoupled,
+                r,
+            )
+
+        weight_ptr = address.to(tl.pointer_type(DTYPE))
+        grad_ptr = grad_address.to(tl.pointer_type(GRAD))
+        first_ptr = first_address.to(tl.pointer_type(STATE))
+        second_ptr = second_address.to(tl.pointer_type(STATE))
+        third_ptr = third_address.to(tl.pointer_type(STATE))
+        if MASTER == "remainder":
+            master_ptr = master_address.to(tl.pointer_type(tl.int16))
+        else:
+            master_ptr = master_address.to(tl.pointer_type(tl.float32))
+        words_ptr = words_address.to(tl.pointer_type(tl.int32)) + chunk * LANES
+        together = address | grad_address | first_address | second_address | third_address | master_address
+        if (count == _CHUNK) & is_aligned(together | words_address):
+            pointers = (
+                tl.multiple_of(weight_ptr, 16) + start,
+                tl.multiple_of(grad_ptr, 16) + start,
+                tl.multiple_of(first_ptr, 16) + start,
+                tl.multiple_of(second_ptr, 16) + start,
+                tl.multiple_of(third_ptr, 16) + start,
+                tl.multiple_of(master_ptr, 16) + start,
+            )
+            moments = _step_chunk(
+                count, grad_count, penalised, pointers, words_ptr, words_count, key,
+                inverse_scale.to(COMPUTE), tl.load(group_ptr + _SIGN).to(COMPUTE), layer, numbers,
+                ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED=False,
+            )  # fmt: skip
+        else:
+            pointers = (
+                weight_ptr + start,
+                grad_ptr + start,
+                first_ptr + start,
+                second_ptr + start,
+                third_ptr + start,
+                master_ptr + start,
+            )
+            moments = _step_chunk(
+                count, grad_count, penalised, pointers, words_ptr, words_count, key,
+                inverse_scale.to(COMPUTE), tl.load(group_ptr + _SIGN).to(COMPUTE), layer, numbers,
+                ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED=True,
+            )  # fmt: skip
+        pid = tl.program_id(0).to(tl.int64)
+        if PENALTY is not None:
+            if penalised:
+                _store_partials(partials_ptr + 2 * pid, moments, tl.load(tensors_ptr + _CHANGED), column)
+        if is_last(counters_ptr + tensor, tl.cdiv(numel, _CHUNK)):
+            if step_address != 0:
+                tl.store(step_ptr, (t + 1.0).to(tl.float32))
+            if PENALTY is not None:
+                if penalised:
+                    finish_layer(
+                        row_ptr,
+                        partials_ptr,
+                        pid - chunk,
+                        stats_ptr,
+                        coef_ptr,
+                        r,
+                        tl.load(group_ptr + _PENALTY_EPS),
+                        tl.load(group_ptr + _PENALTY_TOTAL),
+                        num_layers,
+                        DTYPE,
+                        SMOOTH,
+                        FAMILY,
+                    )
+
+
+def constants(
+    algorithm: str,
+    dtype: torch.dtype,
+    *,
+    grad: torch.dtype | None = None,
+    state: torch.dtype | None = None,
+    master: str | None = None,
+    momentum: bool = True,
+    amsgrad: bool = False,
+    penalty: str | None = None,
+    family: str | None = None,
+    smooth: bool = True,
+    mask: bool = False,
+    stochastic: bool = False,
+    scaled: bool = False,
+    skippable: bool = False,
+) -> dict:
+    """Return a step's compile-time constants; penalty is None, "coupled" or "decoupled"."""
+    return {
+        "ALGORITHM": algorithm,
+        "DTYPE": TRITON_DTYPES[dtype],
+        "GRAD": TRITON_DTYPES[grad or dtype],
+        "STATE": TRITON_DTYPES[state or dtype],
+        "MASTER": master,
+        "MOMENTUM": momentum,
+        "AMSGRAD": amsgrad,
+        "PENALTY": penalty,
+        "FAMILY": family,
+        "SMOOTH": smooth,
+        "MASK": mask,
+        "STOCHASTIC": stochastic,
+        "SCALED": scaled,
+        "SKIPPABLE": skippable,
+    }
+
+
+def launch_step(
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    grad_addrs: Tensor,
+    settings: Tensor,
+    addresses: Tensor,
+    partials: Tensor,
+    counters: Tensor,
+    stats: Tensor,
+    coef: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    constants: dict,
+) -> None:
+    """Step the parameters of a table: rows int64 [T, ROW], settings float64 [G, SETTINGS], addresses int64 [G, 4].
+
+    partials: float64, two per chunk, of the weights as they are. counters: int32 [T], zero before and after.
+    grad_addrs: int64 [T]; 0 leaves a parameter alone, PENALTY_ONLY steps it without a gradient.
+    """
+    args = (
+        rows,
+        block_to_tensor,
+        grad_addrs,
+        settings,
+        addresses,
+        partials,
+        counters,
+        stats,
+        coef,
+        settings if grad_scale is None else grad_scale,
+        settings if found_inf is None else found_inf,
+        stats.shape[1],
+    )
+    launch(_step_kernel, block_to_tensor.numel(), args, constants, config("step", dtype).options())

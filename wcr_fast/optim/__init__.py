@@ -1,0 +1,7 @@
+"""Optimizers with the penalty, the mask and the next step's moments in their own step."""
+
+from wcr_fast.optim.adamw import AdamW
+from wcr_fast.optim.fused import FusedOptimizer
+from wcr_fast.optim.sgd import SGD
+
+__all__ = ["SGD", "AdamW", "FusedOptimizer"]

@@ -1,0 +1,282 @@
+"""A fused optimizer's step on Triton: one launch per device and kind of arrays, moments carried from step to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wcr_fast.kernels.launch import CHUNK
+from wcr_fast.kernels.moments import launch_moments
+from wcr_fast.kernels.step import PENALTY_ONLY, ROW, SETTINGS, constants, launch_step
+from wcr_fast.slots import STATE_NAMES, TENSORS, Rule, Slot, Step
+from wcr_fast.table import TensorTable, build_table, on_device, send
+from wcr_fast.torch_path.layout import is_dense, same_layout
+
+
+def _settings(group: dict[str, Any], rule: Rule, device: torch.device, flag: int) -> tuple[tuple, tuple]:
+    """Return a group's row of numbers, and of addresses for those that are tensors on the device."""
+    addresses = []
+    values = dict.fromkeys(SETTINGS, 0.0)
+    for name in TENSORS:
+        value = group[name]
+        address = 0
+        if isinstance(value, Tensor):
+            if value.device == device:
+                if value.dtype not in (torch.float32, torch.float64):
+                    raise TypeError(f"{name} must be a float32 or float64 tensor, got {value.dtype}")
+                address = value.data_ptr() + (value.dtype == torch.float64)
+                value = 0.0
+            else:
+                value = float(value)
+        values[name] = value
+        addresses.append(address)
+    if rule.algorithm == "sgd":
+        values["beta1"], values["beta2"] = group["momentum"], group["dampening"]
+        values["nesterov"] = group["nesterov"]
+    else:
+        for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
+            values[name] = beta = float(beta)
+            values[f"log_{name}"] = math.log(beta) if beta else -math.inf
+        values["eps"] = group["eps"]
+    values["sign"] = -1.0 if group["maximize"] else 1.0
+    values["seed"] = group.get("seed", 0)
+    if rule.penalty is not None:
+        values["r"], values["penalty_eps"] = rule.penalty.r, rule.penalty.eps
+        values["penalty_total"] = rule.penalty.total
+    return tuple(float(v) for v in values.values()), (*addresses, flag)
+
+
+@dataclass
+class _Device:
+    """What the launches on one device share: the groups' settings, and the moments of the weights as they are."""
+
+    device: torch.device
+    stats: Tensor  # float64 [4, layers]
+    coef: Tensor  # float64 [3, layers]
+    flag: Tensor  # int64 [1] in host memory that the device can write: 1 + a layer whose weights changed, or 0
+    settings: Tensor | None = None
+    addresses: Tensor | None = None
+    sent: tuple | None = None
+
+    def send(self, groups: Sequence[dict[str, Any]], rule: Rule) -> None:
+        """Bring the settings up to date on the device."""
+        rows = tuple(_settings(group, rule, self.device, self.flag.data_ptr()) for group in groups)
+        if rows == self.sent:
+            return
+        numbers = np.array([numbers for numbers, _ in rows], dtype=np.float64)
+        addresses = np.array([addresses for _, addresses in rows], dtype=np.int64)
+        self.settings = send(numbers, self.device, self.settings)
+        self.addresses = send(addresses, self.device, self.addresses)
+        self.sent = rows
+
+
+@dataclass
+class _Launch:
+    """The slots of one launch, their table and scratch."""
+
+    on: _Device
+    places: list[int]
+    table: TensorTable
+    partials: Tensor
+    counters: Tensor
+    constants: dict[str, Any]
+    grad_dtype: torch.dtype
+    weights: list[Tensor]  # dense: a weight with gaps is copied here before the launch, and back after it
+    sent: tuple | None = None
+    grad_addrs: Tensor | None = None
+    copies: list[Tensor] = field(default_factory=list)
+
+
+class StepPlan:
+    """The launches of an optimizer's step, made once for parameters and states that stay where they are."""
+
+    def __init__(self, slots: Sequence[Slot], rule: Rule, grads: Sequence[Tensor | None]) -> None:
+        self.slots, self.rule = slots, rule
+        self.devices: dict[torch.device, _Device] = {}
+        self.launches: list[_Launch] = []
+        kinds: dict[tuple, list[int]] = {}
+        for i, (slot, grad) in enumerate(zip(slots, grads, strict=True)):
+            if slot.weight.numel():
+                kinds.setdefault(self._kind(slot, grad), []).append(i)
+        for kind, places in kinds.items():
+            self._add(kind, places)
+
+    def _kind(self, slot: Slot, grad: Tensor | None) -> tuple:
+        names = STATE_NAMES[self.rule.algorithm]
+        states = tuple(slot.state[name].dtype for name in names if slot.state.get(name) is not None)
+        grad_dtype = slot.weight.dtype if grad is None else grad.dtype
+        return slot.weight.device, slot.weight.dtype, grad_dtype, states
+
+    def _add(self, kind: tuple, places: list[int]) -> None:
+        device, dtype, grad_dtype, states = kind
+        rule, slots = self.rule, [self.slots[i] for i in places]
+        if len(set(states)) > 1:
+            raise TypeError(f"the state of {dtype} parameters has several dtypes, {states}; load it by load_state_dict")
+        on = self.devices.get(device)
+        if on is None:
+            layers = rule.penalty.layers if rule.penalty else 0
+            both = torch.zeros((7, layers), dtype=torch.float64, device=device)
+            flag = torch.zeros(1, dtype=torch.int64)
+            on = _Device(device, both[:4], both[4:], flag.pin_memory() if device.type == "cuda" else flag)
+            self.devices[device] = on
+        weights = [_dense(slot.weight) for slot in slots]
+        table = build_table(weights, [s.layer for s in slots], CHUNK, extra=[self._columns(s) for s in slots])
+        penalty = rule.penalty
+        self.launches.append(
+            _Launch(
+                on,
+                places,
+                table,
+                torch.zeros(2 * table.num_chunks, dtype=torch.float64, device=device),
+                torch.zeros(len(places), dtype=torch.int32, device=device),
+                constants(
+                    rule.algorithm,
+                    dtype,
+                    grad=grad_dtype,
+                    state=states[0] if states else dtype,
+                    master=rule.master,
+                    momentum=bool(states),
+                    amsgrad=len(states) == 3,
+                    penalty=penalty.mode if penalty else None,
+                    family=penalty.family if penalty else None,
+                    smooth=penalty is not None and penalty.r != 0,
+                    mask=any(s.words is not None for s in slots),
+                    stochastic=rule.stochastic and dtype == torch.bfloat16,
+                ),
+                grad_dtype,
+                weights,
+            )
+        )
+
+    def _columns(self, slot: Slot) -> list[int]:
+        """Return a slot's row of the table behind the columns that every table has."""
+        names = STATE_NAMES[self.rule.algorithm]
+        arrays = [slot.state.get(name) for name in names] + [None] * (3 - len(names))
+        arrays.append(slot.state.get("master", slot.state.get("remainder")))
+        arrays.append(slot.words)
+        addresses = [0 if t is None else t.data_ptr() for t in (slot.state.get("step"), *arrays)]
+        columns = [slot.layer_size, slot.group, *addresses, slot.order]
+        assert len(columns) == len(ROW) - 4, "a row has these columns"
+        return columns
+
+    def take_moments(self) -> None:
+        """Take the moments of the penalised weights as they are, with the coefficients where the kernels know them."""
+        penalty = self.rule.penalty
+        for launch in self.launches:
+            self._copy_in(launch)
+            with on_device(launch.on.device):
+                launch_moments(
+                    launch.table.rows,
+                    launch.table.block_to_tensor,
+                    launch.partials,
+                    launch.counters,
+                    launch.on.stats,
+                    launch.on.coef,
+                    dtype=launch.table.dtype,
+                    r=penalty.r,
+                    rule=(penalty.family, penalty.eps) if penalty.family else None,
+                    total=penalty.total,
+                )
+
+    def stats(self) -> Tensor:
+        """Return the stats of all penalised weights, float64 [4, layers], on the first device."""
+        return self._gathered("stats")
+
+    def coef(self) -> Tensor:
+        """Return their coefficients, float64 [3, layers], on the first device."""
+        return self._gathered("coef")
+
+    def _gathered(self, name: str) -> Tensor:
+        # A layer's columns are zero on every device but its own.
+        first, *others = (getattr(on, name) for on in self.devices.values())
+        return sum((t.to(first.device) for t in others), first)
+
+    def set_moments(self, stats: Tensor, coef: Tensor) -> None:
+        """Write stats and coefficients that were completed outside back to where the kernels read them."""
+        owners = {s.layer: s.weight.device for s in self.slots if s.layer >= 0}
+        for device, on in self.devices.items():
+            here = torch.tensor([owners.get(i) == device for i in range(stats.shape[1])], device=device)
+            on.stats.copy_(torch.where(here, stats.to(device), 0.0))
+            on.coef.copy_(torch.where(here, coef.to(device), 0.0))
+
+    def changed_layer(self) -> int | None:
+        """Return a layer whose weights were found changed by an earlier step, once; no synchronisation."""
+        for on in self.devices.values():
+            found = int(on.flag)
+            if found:
+                on.flag.zero_()
+                return found - 1
+        return None
+
+    def fits(self, grads: Sequence[Tensor | None]) -> bool:
+        """Tell whether these gradients have the dtypes that the launches were made for."""
+        return all(
+            grads[i] is None or grads[i].dtype == launch.grad_dtype for launch in self.launches for i in launch.places
+        )
+
+    def run(self, step: Step) -> None:
+        """Step every slot with a gradient, or with a penalty; the weights' moments must be known."""
+        for on in self.devices.values():
+            on.send(step.groups, self.rule)
+        for launch in self.launches:
+            self._copy_in(launch)
+            self._send_gradients(launch, step)
+            device = launch.on.device
+            scale, overflow = (None if t is None else t.to(device) for t in (step.grad_scale, step.found_inf))
+            chosen = launch.constants
+            if scale is not None or overflow is not None:
+                chosen = {**chosen, "SCALED": scale is not None, "SKIPPABLE": overflow is not None}
+            with on_device(device):
+                launch_step(
+                    launch.table.rows,
+                    launch.table.block_to_tensor,
+                    launch.grad_addrs,
+                    launch.on.settings,
+                    launch.on.addresses,
+                    launch.partials,
+                    launch.counters,
+                    launch.on.stats,
+                    launch.on.coef,
+                    scale,
+                    overflow,
+                    dtype=launch.table.dtype,
+                    constants=chosen,
+                )
+            for i, weight in zip(launch.places, launch.weights, strict=True):
+                if weight is not self.slots[i].weight:
+                    self.slots[i].weight.detach().copy_(weight)
+
+    def _copy_in(self, launch: _Launch) -> None:
+        for i, weight in zip(launch.places, launch.weights, strict=True):
+            if weight is not self.slots[i].weight:
+                weight.copy_(self.slots[i].weight.detach())
+
+    def _send_gradients(self, launch: _Launch, step: Step) -> None:
+        launch.copies.clear()
+        pointers = []
+        for i, weight in zip(launch.places, launch.weights, strict=True):
+            grad = step.grads[i]
+            if grad is None:
+                slot = self.slots[i]
+                lam = step.groups[slot.group]["lam"]
+                pulled = slot.layer >= 0 and (isinstance(lam, Tensor) or lam != 0.0)
+                pointers.append(PENALTY_ONLY if pulled else 0)
+                continue
+            if not same_layout(weight, grad):
+                grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad.detach())
+                launch.copies.append(grad)
+            pointers.append(grad.data_ptr())
+        found = tuple(pointers)
+        if found != launch.sent:
+            launch.grad_addrs = send(np.array(pointers, dtype=np.int64), launch.on.device, launch.grad_addrs)
+            launch.sent = found
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return weight if is_dense(weight) else torch.empty_like(weight.detach())
