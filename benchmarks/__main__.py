@@ -37,16 +37,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def command_of(args: argparse.Namespace, suite: str) -> str:
-    """Return the command that makes this record, without its folder."""
-    extras = " --quick" * args.quick + (f" --minutes {args.minutes:g}" if args.minutes != 8 else "")
-    return f"python -m benchmarks --device {args.device} --suite {suite}{extras}"
-
-
 def run_suite(suite: str, args: argparse.Namespace, seconds: float) -> int:
     """Run one suite here and write its record; return 1 for a wrong result or a failure of ours, else 0."""
     device = find_device(args.device)
-    record = Record(suite, command_of(args, suite), device, quick=args.quick, path=args.out / f"{suite}.json")
+    command = f"python -m benchmarks --device {args.device}" + " --quick" * args.quick
+    record = Record(suite, command, device, quick=args.quick, path=args.out / f"{suite}.json")
     budget = Budget(seconds, *((0.2, (3, 5)) if args.quick else (1.5, (5, 50))))
     for case in importlib.import_module(f"benchmarks.suites.{suite}").cases(device, quick=args.quick):
         if budget.left() <= 0:

@@ -54,11 +54,11 @@ class Stepper:
             else:
                 group["lr"] = lr
 
-    def verify(self, name: str, lr: float) -> None:
+    def verify(self, lr: float) -> None:
         """Raise WrongResult unless a step with this learning rate does what the formulas say; then set it to 0."""
         keep = None if self.keep is None else self.keep.__getitem__
         self.set_lr(lr)
         verify.check_step(
-            name, self.rule, self.params, self.state, self.step, lr=lr, t=self.count + 1, lam=self.lam, keep=keep
+            self.rule, self.params, self.state, self.step, lr=lr, t=self.count + 1, lam=self.lam, keep=keep
         )
         self.set_lr(0.0)

@@ -62,14 +62,14 @@ def penalty_gradient(w: Tensor, lam: float) -> Callable[[Tensor], Tensor]:
     return gradient
 
 
-def check_gradients(name: str, weights: Sequence[Tensor], lam: float) -> None:
+def check_gradients(weights: Sequence[Tensor], lam: float) -> None:
     """Raise WrongResult unless every sampled weight's ``.grad`` is lam times WCR's gradient."""
     for i in sample([w.numel() for w in weights]):
         gradient = penalty_gradient(weights[i], lam)
         worst = Worst()
         for x, got in pieces(weights[i], weights[i].grad):
             worst.see(got, gradient(x))
-        worst.check(f"{name}: gradient of weight {i}", BOUND[weights[i].grad.dtype])
+        worst.check(f"gradient of weight {i}", BOUND[weights[i].grad.dtype])
 
 
 class Worst:
@@ -124,7 +124,6 @@ class Rule:
 
 
 def check_step(
-    name: str,
     rule: Rule,
     params: Sequence[Tensor],
     state: Callable[[int], Sequence[Tensor]],
@@ -138,7 +137,6 @@ def check_step(
     """Draw gradients and state of the penalty's scale, run one step, and compare weight and state with float64.
 
     Args:
-        name: for messages.
         rule: the optimizer's settings.
         params: the parameters, their ``.grad`` at hand; those of two or more dimensions are penalised by lam.
         state: place in the list -> its state tensors, in the order of ``rule.state``.
@@ -171,15 +169,15 @@ def check_step(
                 kept = mask[at * PIECE : at * PIECE + w.numel()]
                 want = tuple(torch.where(kept, x, 0.0) for x in want)
                 if any(bool(x[~kept].any()) for x in got):
-                    raise WrongResult(f"{name}: a masked value of parameter {i} is not zero")
+                    raise WrongResult(f"a masked value of parameter {i} is not zero")
             for seen, g_, w_ in zip(worst, got, want, strict=True):
                 seen.see(g_, w_)
         dtype = params[i].dtype
         rounding = 4 * torch.finfo(dtype).eps * float(worst[0].scale)
         state_bounds = [BOUND[max(dtype, s.dtype, key=BOUND.__getitem__)] for s in state(i)]
-        worst[0].check(f"{name}: parameter {i}", 0.0, rounding + BOUND[dtype] * float(moved.error))
+        worst[0].check(f"parameter {i}", 0.0, rounding + BOUND[dtype] * float(moved.error))
         for label, seen, bound in zip(rule.state, worst[1:], state_bounds, strict=True):
-            seen.check(f"{name}: {label} of parameter {i}", bound)
+            seen.check(f"{label} of parameter {i}", bound)
 
 
 def _draw(grad: Tensor, state: Sequence[Tensor], scale: float) -> None:

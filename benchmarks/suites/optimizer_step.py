@@ -115,7 +115,7 @@ class Ways:
                 stepper.step()
                 if graph:
                     stepper.capture()
-            return Subject(lambda i: made[i].step(), lambda: made[0].verify(name, LR[self.kind]))
+            return Subject(lambda i: made[i].step(), lambda: made[0].verify(LR[self.kind]))
 
         return Side(name, build, ours, moved, count * (2 * item + stored + extra + masked))
 

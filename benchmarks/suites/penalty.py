@@ -53,7 +53,7 @@ def gradient_sides(
 
     def side(label: str, bind: Bind, *, ours: bool = False, wide: int = 0) -> Side:
         def build(copies: int) -> Subject:
-            return _adding(label, bind, _leaves(listed, dtype, device, copies))
+            return _adding(bind, _leaves(listed, dtype, device, copies))
 
         return Side(label, build, ours, 4 * dtype.itemsize * count, count * (2 * dtype.itemsize + 4 * wide))
 
@@ -82,7 +82,7 @@ def _leaves(listed: Sequence[shapes.Shape], dtype: torch.dtype, device: Device, 
     return made
 
 
-def _adding(label: str, bind: Bind, made: list[list[Tensor]]) -> Subject:
+def _adding(bind: Bind, made: list[list[Tensor]]) -> Subject:
     calls = [bind(weights) for weights in made]
 
     def check() -> None:
@@ -90,7 +90,7 @@ def _adding(label: str, bind: Bind, made: list[list[Tensor]]) -> Subject:
             for w in weights:
                 w.grad.zero_()
             call()
-            verify.check_gradients(label, weights, LAM)
+            verify.check_gradients(weights, LAM)
 
     return Subject(lambda i: calls[i](), check)
 
@@ -127,7 +127,7 @@ def moments_sides(listed: Sequence[shapes.Shape], dtype: torch.dtype, device: De
             made = [
                 shapes.balanced(listed, dtype=dtype, device=device.torch_device, seed=seed) for seed in range(copies)
             ]
-            return Subject(lambda i: moments(made[i]), lambda: _check_moments(label, made[0], moments(made[0])))
+            return Subject(lambda i: moments(made[i]), lambda: _check_moments(made[0], moments(made[0])))
 
         return Side(label, build, ours, dtype.itemsize * count, dtype.itemsize * count + 4 * wide)
 
@@ -146,9 +146,9 @@ def _eager_moments(weights: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([mean for _, mean in pairs]), torch.stack([var for var, _ in pairs])
 
 
-def _check_moments(label: str, weights: list[Tensor], got: tuple[Tensor, Tensor]) -> None:
+def _check_moments(weights: list[Tensor], got: tuple[Tensor, Tensor]) -> None:
     for i in verify.sample([w.numel() for w in weights]):
         for what, value, want in zip(("mean", "variance"), got, verify.moments(weights[i]), strict=True):
             error = abs(float(value[i]) / float(want) - 1.0)
             if not error < verify.BOUND[torch.float32]:
-                raise WrongResult(f"{label}: {what} of weight {i} is off by {error:.1e} of it")
+                raise WrongResult(f"{what} of weight {i} is off by {error:.1e} of it")

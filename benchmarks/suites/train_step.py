@@ -81,7 +81,7 @@ def sides(net: Net, device: Device, held: int) -> list[Side]:
     """Return the ways of training with the penalty, and without it."""
 
     def side(name: str, way: Way, *, ours: bool = False) -> Side:
-        return Side(name, lambda copies: _subject(name, net, way, device), ours, None, held)
+        return Side(name, lambda copies: _subject(net, way, device), ours, None, held)
 
     return [
         side("no penalty, torch fused", Way()),
@@ -101,7 +101,7 @@ class Way:
     eager: bool = False
 
 
-def _subject(name: str, net: Net, way: Way, device: Device) -> Subject:
+def _subject(net: Net, way: Way, device: Device) -> Subject:
     torch.manual_seed(0)
     model = net.make()
     weights = list(wcr_fast.WCR(model).weights.values())
@@ -125,9 +125,9 @@ def _subject(name: str, net: Net, way: Way, device: Device) -> Subject:
         if way.eager:
             optimizer.zero_grad()
             eager_penalty(weights, LAM).backward()
-            verify.check_gradients(name, weights, LAM)
+            verify.check_gradients(weights, LAM)
         train(0)  # every parameter has a gradient again
-        stepper.verify(name, VERIFIED_LR)
+        stepper.verify(VERIFIED_LR)
         stepper.set_lr(LR)
 
     return Subject(train, check)
