@@ -1,4 +1,4 @@
-"""Launch settings as data, and the list of compiled variants that ``benchmarks.codegen`` checks.
+"""How kernels are launched: settings as data, one launch function, and the variants ``benchmarks.codegen`` checks.
 
 The sizes follow from 16-byte loads: 16 KiB per block is 64 bytes in flight for each of 256 threads.
 """
@@ -6,11 +6,15 @@ The sizes follow from 16-byte loads: 16 KiB per block is 64 bytes in flight for 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
 
 # Elements of one chunk (one program), for every op and dtype: one chunk map serves them all.
 CHUNK = 32768
@@ -82,9 +86,78 @@ def config(op: str, dtype: torch.dtype) -> LaunchConfig:
     return _CONFIGS[op, dtype.itemsize]
 
 
-def launch(kernel: Any, programs: int, args: tuple, constants: dict[str, Any], options: dict[str, Any]) -> None:
-    """Launch so many programs of a kernel, its arguments by position, its compile-time constants by name."""
-    kernel[(programs,)](*args, **constants, **options)
+# Versions whose JIT ends in ``run(x, y, z, stream, function, metadata, launch metadata, two hooks, *arguments)``.
+_DIRECT_VERSIONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+_DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) in _DIRECT_VERSIONS
+
+# Compiled kernel, its launcher and the trailing arguments, by everything that decides what Triton compiles and loads.
+_prepared: dict[tuple, tuple[CompiledKernel, Callable, tuple]] = {}
+
+
+def _ordinary(kernel: Any) -> bool:
+    """Tell whether a launch has to take Triton's own way: interpreted, of an unknown version, watched or debugged."""
+    if not _DIRECT or type(kernel) is not JITFunction or kernel.pre_run_hooks:
+        return True
+    runtime = triton.knobs.runtime
+    hooks = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        runtime.debug
+        or runtime.add_stages_inspection_hook
+        or triton.knobs.compilation.instrumentation_mode
+        or any(getattr(hook, "calls", hook) for hook in hooks)
+    )
+
+
+def _specialisation(arg: torch.Tensor | float) -> Any:
+    """Return what Triton compiles anew for, of an argument: the dtype, and alignment, divisibility by 16 or being 1."""
+    if isinstance(arg, float):
+        return float
+    if isinstance(arg, int):
+        return type(arg), arg == 1, arg % 16 == 0, arg.bit_length() // 32
+    return arg.dtype, arg.data_ptr() % 16 == 0
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    args: tuple[torch.Tensor | float, ...],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    """Launch so many programs of a kernel: ``args`` in signature order, then its compile-time constants by name.
+
+    The first launch of a form goes through the JIT, which compiles it. Later ones call the compiled kernel: the
+    binder between would take longer than a short kernel runs.
+    """
+    if _ordinary(kernel):
+        kernel[(programs,)](*args, **constants, **options)
+        return
+    device = driver.active.get_current_device()
+    key = (
+        driver.active,
+        device,
+        id(kernel),  # never another's: the compiled kernel keeps its source alive
+        *map(_specialisation, args),
+        *constants.items(),
+        *options.items(),
+    )
+    prepared = _prepared.get(key)
+    if prepared is None:
+        compiled = kernel[(programs,)](*args, **constants, **options)
+        names = kernel.arg_names[len(args) :]
+        # The calling convention is known for CUDA; arguments left to their defaults stay with the binder.
+        if (
+            isinstance(compiled, CompiledKernel)
+            and compiled.metadata.target.backend == "cuda"
+            and {*names} == {*constants}
+        ):
+            trailing = tuple(constants[name] for name in names)
+            _prepared[key] = compiled, compiled.run, trailing
+        return
+    compiled, run, trailing = prepared
+    stream = driver.active.get_current_stream(device)
+    where = programs, 1, 1, stream, compiled.function, compiled.packed_metadata
+    run(*where, None, None, None, *args, *trailing)
 
 
 def float_pair(value: float) -> tuple[float, float]:

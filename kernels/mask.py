@@ -23,7 +23,7 @@ from ._tile import (
     magnitude_key,
     strided_offsets,
 )
-from .launch import CHUNK, TRITON_DTYPES, Variant, config
+from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
 
 _CHUNK = tl.constexpr(CHUNK)
 
@@ -314,14 +314,9 @@ def launch_ties(
     per_layer: bool,
 ) -> None:
     """Write to ties (int32, chunks in list order) how many keys of each chunk equal the cut, key (int64 [S])."""
-    _ties_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        key,
-        ties,
-        **_mask_constants(dtype, key_dtype, per_layer),
-        **config("mask", dtype).options(),
-    )
+    args = rows, block_to_tensor, key, ties
+    constants = _mask_constants(dtype, key_dtype, per_layer)
+    launch(_ties_kernel, block_to_tensor.numel(), args, constants, config("mask", dtype).options())
 
 
 def launch_mask(
@@ -342,18 +337,10 @@ def launch_mask(
     ties_before: int64, for each chunk in list order the ties in all earlier chunks, and the total at the end.
     any_bad: uint8, 0-d; nothing is written in place where it is set.
     """
-    _mask_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        rows if out_addrs is None else out_addrs,
-        key,
-        quota,
-        ties_before,
-        any_bad,
-        TO_MASK=out_addrs is not None,
-        **_mask_constants(dtype, key_dtype, per_layer),
-        **config("mask", dtype).options(),
-    )
+    addresses = rows if out_addrs is None else out_addrs
+    args = rows, block_to_tensor, addresses, key, quota, ties_before, any_bad
+    constants = _mask_constants(dtype, key_dtype, per_layer) | {"TO_MASK": out_addrs is not None}
+    launch(_mask_kernel, block_to_tensor.numel(), args, constants, config("mask", dtype).options())
 
 
 def launch_nm(
@@ -366,13 +353,9 @@ def launch_nm(
     m: int,
 ) -> None:
     """Keep the n largest of each group of m (m <= 16): in place, or as bool masks at out_addrs."""
-    _nm_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        rows if out_addrs is None else out_addrs,
-        **_nm_constants(dtype, n, m, out_addrs is not None),
-        **config("nm", dtype).options(),
-    )
+    args = rows, block_to_tensor, rows if out_addrs is None else out_addrs
+    constants = _nm_constants(dtype, n, m, out_addrs is not None)
+    launch(_nm_kernel, block_to_tensor.numel(), args, constants, config("nm", dtype).options())
 
 
 def variants() -> list[Variant]:

@@ -22,7 +22,7 @@ from ._tile import (
     magnitude_key,
     strided_offsets,
 )
-from .launch import TRITON_DTYPES, Variant, config
+from .launch import TRITON_DTYPES, Variant, config, launch
 from .select import INF_KEYS
 
 _BINS = tl.constexpr(256)
@@ -175,14 +175,9 @@ def launch_rows(
     rows: Tensor, block_to_tensor: Tensor, out_addrs: Tensor | None, bad: Tensor, *, dtype: torch.dtype
 ) -> None:
     """Cut every row of a row table by itself: in place, or into the bool masks at out_addrs."""
-    _rows_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        rows if out_addrs is None else out_addrs,
-        bad,
-        **_rows_constants(dtype, out_addrs is not None),
-        **config("rows", dtype).options(),
-    )
+    args = rows, block_to_tensor, rows if out_addrs is None else out_addrs, bad
+    constants = _rows_constants(dtype, out_addrs is not None)
+    launch(_rows_kernel, block_to_tensor.numel(), args, constants, config("rows", dtype).options())
 
 
 def variants() -> list[Variant]:

@@ -22,7 +22,7 @@ from ._tile import (
     locate,
     magnitude_key,
 )
-from .launch import CHUNK, OPTIONS, TRITON_DTYPES, Variant, config
+from .launch import CHUNK, OPTIONS, TRITON_DTYPES, Variant, config, launch
 
 DIGIT_BITS = 8
 _BINS = tl.constexpr(1 << DIGIT_BITS)
@@ -225,44 +225,22 @@ def launch_histogram(
     first: bool,
 ) -> None:
     """Add the counts of one digit to hist (int64 [S, Q, 256]; the first pass fills [:, 0]) and mark NaN in bad."""
-    _histogram_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        prefix,
-        hist,
-        bad,
-        hist.shape[1],
-        shift,
-        **_histogram_constants(dtype, key_dtype, per_layer, first),
-        **config("histogram", dtype).options(),
-    )
+    args = rows, block_to_tensor, prefix, hist, bad, hist.shape[1], shift
+    constants = _histogram_constants(dtype, key_dtype, per_layer, first)
+    launch(_histogram_kernel, block_to_tensor.numel(), args, constants, config("histogram", dtype).options())
 
 
 def launch_refine(hist: Tensor, prefix: Tensor, remaining: Tensor, *, first: bool) -> None:
     """Append the next digit to prefix (int64 [S, Q]) and leave in remaining the rank among the keys that share it."""
-    _refine_kernel[(triton.cdiv(prefix.numel(), _REFINE_ROWS),)](
-        hist,
-        prefix,
-        remaining,
-        prefix.numel(),
-        prefix.shape[1],
-        FIRST=first,
-        ROWS=_REFINE_ROWS,
-        num_warps=4,
-        **OPTIONS,
-    )
+    args = hist, prefix, remaining, prefix.numel(), prefix.shape[1]
+    constants = {"FIRST": first, "ROWS": _REFINE_ROWS}
+    launch(_refine_kernel, triton.cdiv(prefix.numel(), _REFINE_ROWS), args, constants, {"num_warps": 4, **OPTIONS})
 
 
 def launch_survey(rows: Tensor, block_to_tensor: Tensor, zeros: Tensor, bad: Tensor, *, dtype: torch.dtype) -> None:
     """Add every tensor's zeros to zeros (int64 [L]) and mark NaN in bad (uint8 [L])."""
-    _survey_kernel[(block_to_tensor.numel(),)](
-        rows,
-        block_to_tensor,
-        zeros,
-        bad,
-        **_survey_constants(dtype),
-        **config("survey", dtype).options(),
-    )
+    args = rows, block_to_tensor, zeros, bad
+    launch(_survey_kernel, block_to_tensor.numel(), args, _survey_constants(dtype), config("survey", dtype).options())
 
 
 def variants() -> list[Variant]:

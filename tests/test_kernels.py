@@ -186,7 +186,7 @@ def test_nothing_is_made_while_a_graph_is_captured(monkeypatch):
     other, more = [normal(7)], [normal(6)]
     table = tables.build_table(weights, [0], CHUNK)
     scratch, sent = table.scratch("counters", 1, torch.int32), table.addresses(grads)
-    monkeypatch.setattr(tables, "_capturing", lambda device: True)
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
     monkeypatch.setattr(tables, "_captured", {})
     for make in (
         lambda: tables.build_table(other, [0], CHUNK),
