@@ -56,20 +56,21 @@ def nets(device: Device, *, quick: bool) -> list[Net]:
         return text[:, :-1], text[:, 1:]
 
     def resnet18() -> nn.Module:
-        return ResNet18(**resnet).to(where, memory_format=torch.channels_last)
+        return ResNet18(**resnet).to(memory_format=torch.channels_last)
 
     sgd = verify.Rule("SGD", weight_decay=5e-4)
     adam = verify.Rule("AdamW", weight_decay=0.1, betas=(0.9, 0.95))
     return [
         Net(f"{prefix}resnet18", resnet18, sgd, pictures),
-        Net(f"{prefix}gpt2", lambda: GPT(**gpt).to(where), adam, tokens),
+        Net(f"{prefix}gpt2", lambda: GPT(**gpt), adam, tokens),
     ]
 
 
 def cases(device: Device, *, quick: bool) -> Iterator[Case]:
     """Yield one case for each net."""
     for net in nets(device, quick=quick):
-        params = list(net.make().parameters())
+        with torch.device("meta"):
+            params = list(net.make().parameters())
         count = sum(p.numel() for p in params)
         dtype = "bf16 mixed" if device.name == "cuda" else "float32"
         held = count * 4 * (2 + len(net.rule.state))
@@ -103,7 +104,8 @@ class Way:
 
 def _subject(net: Net, way: Way, device: Device) -> Subject:
     torch.manual_seed(0)
-    model = net.make()
+    with device.torch_device:
+        model = net.make()
     weights = list(wcr_fast.WCR(model).weights.values())
     optimizer = _optimizer(net.rule, way, model)
     if way.penalty and not way.ours and not way.eager:
