@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 import wcr_fast
+from benchmarks.harness import Cpu, WrongResult
 from benchmarks.rivals import EPS, R, eager_penalty
-from benchmarks.shapes import make, resnet18, small_tensors
+from benchmarks.shapes import make, resnet, resnet18, small_tensors
+from benchmarks.suites.optimizer_step import Ways
 from benchmarks.timing import interleaved
 from wcr_fast.machine import describe_machine
 from wcr_fast.report.files import write_file
@@ -67,6 +69,20 @@ def penalty_rows(shapes: list[tuple[int, ...]], *, compiled: bool, rounds: int) 
     for side in sides.values():
         verify_penalty(weights, side)
     return interleaved(sides, rounds=rounds)
+
+
+def step_rows(kind: str, *, rounds: int) -> dict[str, float]:
+    """Time steps over all of ResNet-18's parameters: torch's fused one, ours, and both with the penalty."""
+    sides = {side.name: side for side in Ways(kind, resnet(18), torch.float32, Cpu()).sides()}
+    calls: dict[str, Callable[[], object]] = {}
+    for name in ("torch fused", "ours", "torch fused, add_grad_", "ours, penalty"):
+        subject = sides[name].build(1)
+        try:
+            subject.verify()
+        except WrongResult as error:
+            raise SystemExit(f"benchmarks.cpu: {kind}, {name}: {error}; nothing was timed") from None
+        calls[name] = lambda subject=subject: subject.call(0)
+    return interleaved(calls, rounds=rounds)
 
 
 class Holder(nn.Module):
@@ -192,6 +208,8 @@ def main() -> None:
     ms["small_1000"] = penalty_rows(small_tensors(), compiled=False, rounds=args.rounds)
     ms["prune_resnet18"] = prune_rows(resnet18(), sparsity=0.9, rounds=min(args.rounds, 7))
     ms["prune_small_1000"] = prune_rows(small_tensors(), sparsity=0.9, rounds=min(args.rounds, 7))
+    for kind in ("SGD", "AdamW"):
+        ms[f"{kind}_resnet18"] = step_rows(kind, rounds=2 * args.rounds)
     extra = memory_of_prune()
     penalty, small, prune, prune_small = (
         ms[name] for name in ("resnet18", "small_1000", "prune_resnet18", "prune_small_1000")
@@ -206,6 +224,11 @@ def main() -> None:
         ("prune_ 90 % against torch's, 1,000 small", ratio(prune_small, "global_unstructured", "prune_"), ""),
         ("extra memory of prune_ on 400 MB, MB", extra / 1e6, "<= 21"),
     ]
+    for kind in ("SGD", "AdamW"):
+        steps = ms[f"{kind}_resnet18"]
+        with_penalty = ratio(steps, "ours, penalty", "torch fused, add_grad_")
+        rows.append((f"{kind} step time over torch's fused, ResNet-18", ratio(steps, "ours", "torch fused"), "<= 1.1"))
+        rows.append((f"{kind} with penalty over torch's fused and add_grad_", with_penalty, "<= 1.1"))
     if args.checkpoint:
         for dtype in (torch.float32, torch.bfloat16):
             folder = Path(tempfile.mkdtemp(prefix="wcr-fast-", dir=args.dir))
