@@ -85,12 +85,13 @@ def chosen(
         found = ", ".join(f"{name} ({reason})" for name, reason in left_out[:4]) or "no parameters at all"
         raise ValueError(f"{op}: nothing to prune: no floating-point weight with 2 or more dimensions; found {found}")
     for weight in weights:
-        _check_writable(weight, op)
+        check_writable(weight, op)
     _check_apart(weights, op)
     return weights, left_out
 
 
-def _check_writable(weight: Weight, op: str) -> None:
+def check_writable(weight: Weight, op: str) -> None:
+    """Raise ValueError when a weight can't be written in place: it has no values, or overlaps itself."""
     param = weight.param
     if param.device.type == "meta":
         raise ValueError(f"{op}: {weight.label()} is on the meta device and has no values")

@@ -12,7 +12,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,15 +77,34 @@ def read_header(path: Path) -> Header:
             _damaged(path, f"the header claims {length:,} bytes, the file has {size:,}")
         raw = bytearray(length)
         read_into(fd, memoryview(raw), 8, path)
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes | bytearray, size: int) -> Header:
+    """Check the JSON header of a file of this size, wherever it was read; raise UsageError as ``read_header``."""
     fields = _parse_json(path, raw)
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _damaged(path, "__metadata__ must map text to text")
-    data_start = 8 + length
+    data_start = 8 + len(raw)
     tensors = [_tensor_info(path, name, entry, data_start) for name, entry in fields.items()]
     tensors.sort(key=lambda t: (t.start, t.stop))
     _check_places(path, tensors, data_start, size)
     return Header(path, size, data_start, tuple(tensors), metadata)
+
+
+def pack_header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return what a file begins with: its tensors, in file order, are (name, dtype, shape, bytes)."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        if name in fields:
+            raise UsageError(f"a safetensors file can't hold a tensor named {name!r} beside what it has")
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(fields, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _damaged(path: Path, what: str) -> NoReturn:
