@@ -11,6 +11,7 @@ A record is one JSON object per suite:
     suite, command, date, quick, complete (false: the run broke off there)
     machine     versions, processor, commit; gpu (null: none was used), driver, clocks
     copy        gbps of a large copy on the same device, in the same run (the better of start and end), bytes moved
+    device_at_end   gpu, driver, clocks once more
     notes       lines: what was left out, and why
     rows        one per side and case:
       list, op, dtype, tensors, weights       the case
@@ -403,7 +404,7 @@ class Record:
     def __init__(self, suite: str, command: str, device: Device, *, quick: bool, path: Path | None) -> None:
         self.path = path
         self.device = device
-        self.copy_size = (32 << 20) if quick else None
+        self.copy_size = (32 << 20) if quick and device.name == "cpu" else None
         self.content: Row = {
             "schema": SCHEMA,
             "suite": suite,
@@ -416,6 +417,7 @@ class Record:
             "notes": [],
             "rows": [],
         }
+        device.clean()
 
     def add(self, rows: list[Row]) -> None:
         self.content["rows"] += rows
@@ -428,8 +430,10 @@ class Record:
         print(line, flush=True)
 
     def finish(self) -> None:
+        self.device.clean()
         copies = [self.content["copy"], copy_gbps(self.device, size=self.copy_size)]
         self.content["copy"] = max(copies, key=lambda copy: copy["gbps"])
+        self.content["device_at_end"] = self.device.describe()
         self.content["complete"] = True
         self.write()
 

@@ -83,9 +83,9 @@ def caption(records: Sequence[Record]) -> str:
 
 
 def cases_of(record: Record) -> dict[tuple[str, str, str], list[Row]]:
-    """Return (op, list, dtype) -> its rows, in the record's order."""
+    """Return (op, list, dtype) -> its rows; float32 first, then by size."""
     cases: dict[tuple[str, str, str], list[Row]] = {}
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: (row["dtype"] != "float32", row["weights"])):
         cases.setdefault((row["op"], row["list"], row["dtype"]), []).append(row)
     return cases
 

@@ -26,8 +26,9 @@ def lists(device: Device, *, quick: bool) -> list[tuple[str, torch.dtype]]:
     if quick:
         return [("resnet18", torch.float32), ("resnet18", torch.bfloat16)]
     nets = ("resnet50", "gpt2", "resnet18", "vit_b16")
-    large = [("llama_1b", torch.bfloat16), ("llama_7b", torch.bfloat16)]
-    return [*((net, torch.float32) for net in nets), *large, *((net, torch.bfloat16) for net in nets)]
+    large = [(name, torch.bfloat16) for name in ("llama_7b", "llama_1b")]
+    listed = [(net, dtype) for dtype in (torch.float32, torch.bfloat16) for net in nets]
+    return [listed[0], *large, *listed[1:]]  # what must not be missing when time runs out comes first
 
 
 def cases(device: Device, *, quick: bool) -> Iterator[Case]:
@@ -109,11 +110,13 @@ def _eager(weights: list[Tensor]) -> Callable[[], object]:
 
 
 def _compiled(weights: list[Tensor]) -> Callable[[], object]:
+    torch.compiler.reset()  # every list is a recompilation, and torch gives up after eight
     compiled = torch.compile(eager_penalty, dynamic=False)
     return lambda: compiled(weights, LAM).backward()
 
 
 def _compiled_by_layer(weights: list[Tensor]) -> Callable[[], object]:
+    torch.compiler.reset()
     compiled = torch.compile(eager_penalty, dynamic=False)
     return lambda: sum(compiled([w], LAM) for w in weights).backward()
 
