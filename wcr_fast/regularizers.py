@@ -11,16 +11,27 @@ directly (``add_grad_``), or does so before every optimizer step (``attach``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wcr_fast.attach import AttachHandle, attach
-from wcr_fast.ops.moments import add_grad_, check_constant, check_smoothing, moments_of, result_dtype, stats_of
+from wcr_fast.ops.moments import (
+    add_grad_,
+    check_constant,
+    check_smoothing,
+    moments_of,
+    plan_of,
+    result_dtype,
+    stats_of,
+)
 from wcr_fast.table import upload
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
+
+if TYPE_CHECKING:
+    from wcr_fast.triton_path.moments import GradPlan
 
 
 class Regularizer:
@@ -55,6 +66,7 @@ class Regularizer:
     family: ClassVar[str | None] = None
     default_lam: ClassVar[float] = 1e-4
     default_r: ClassVar[float] = 0.0
+    _plan: GradPlan | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +99,7 @@ class Regularizer:
         self._refuse_twice()
         self._numels = tuple(w.param.numel() for w in self._choice.weights)
         self._vectors: dict[tuple, Tensor] = {}
+        self._owners = [w.owner for w in self._choice.weights if w.owner]  # of all weights, or of none
         self._refuse_degenerate()
 
     @property
@@ -192,7 +205,7 @@ class Regularizer:
         Raises:
             TypeError: a weight's gradient is sparse.
         """
-        self._add_grad(self._active(), self.lam)
+        self._add_grad(None, self.lam)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> AttachHandle:
         """Add the gradient before every step of an optimizer; return a handle with ``.remove()``.
@@ -207,10 +220,36 @@ class Regularizer:
         """
         return attach(self, optimizer)
 
+    def _add_grad(self, indices: Sequence[int] | None, lam: float | Tensor) -> tuple[Tensor, Tensor] | None:
+        """Add the gradient to these weights, by default the active ones; return their (f, stats).
+
+        None where nothing is to do. The next call may overwrite what is returned.
+        """
+        if not isinstance(lam, Tensor) and lam == 0.0:
+            return None
+        everything = indices is None or len(indices) == len(self._numels)
+        if self._plan is not None and everything and not torch.compiler.is_compiling():
+            grads = self._plan.grads_of(self._listed())
+            if grads is not None:
+                return self._run_plan(grads, lam)
+        return self._add_grad_anew(self._active() if indices is None else indices, lam)
+
+    def _listed(self) -> list[Tensor | None]:
+        """Return all weights as the module holds them now, unchecked."""
+        if self._owners:
+            return [module._parameters.get(attribute) for module, attribute in self._owners]
+        return [w.param for w in self._choice.weights]
+
+    def _run_plan(self, grads: list[Tensor], lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        stats, coef = self._plan.run(grads, lam, self.r, (self.family, self.eps))
+        torch.autograd.graph.increment_version(grads)
+        return coef[0], stats
+
     @torch.no_grad()
-    def _add_grad(self, indices: Sequence[int], lam: float | Tensor) -> tuple[Tensor, Tensor] | None:
-        """Add the gradient to these weights; return their (f, stats), or None where nothing is to do."""
-        if not indices or (not isinstance(lam, Tensor) and lam == 0.0):
+    def _add_grad_anew(self, indices: Sequence[int], lam: float | Tensor) -> tuple[Tensor, Tensor] | None:
+        """Add the gradient without knowing anything of earlier calls, and leave a plan for later ones."""
+        self._plan = None
+        if not indices:
             return None
         params = [self._choice.weights[i].current() for i in indices]
         for i, param in zip(indices, params, strict=True):
@@ -223,6 +262,10 @@ class Regularizer:
         tensors, grads = [p.detach() for p in params], [p.grad for p in params]
         # N is the whole regularizer's: the kernels know only the list they are given.
         rule = (self.family, self.eps) if self.family and len(indices) == len(self._numels) else None
+        if rule and not torch.compiler.is_compiling():
+            self._plan = plan_of(params, grads)
+            if self._plan is not None:
+                return self._run_plan(grads, lam)
         stats, coef = stats_of(tensors, self.r, rule)
         if coef is None:
             coef = torch.stack(self._derivatives_at(stats, indices))
@@ -240,7 +283,8 @@ class Regularizer:
         return {w.name: (m, v) for w, m, v in zip(self._choice.weights, *rows, strict=True)}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_optimizers"}  # what it is attached to stays here
+        # What it is attached to stays here, and so does what was found out of these tensors.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_plan")}
 
     def __repr__(self) -> str:
         lam = self.lam.item() if isinstance(self.lam, Tensor) else self.lam

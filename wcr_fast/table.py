@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,7 +61,7 @@ class TensorTable:
     block_to_tensor: Tensor  # int32 [chunks]
     positions: tuple[int, ...]
     _scratch: dict[str, Tensor] = field(default_factory=dict)
-    _addresses: tuple[tuple[int, ...], Tensor] | None = None
+    _addresses: tuple[list[int], Tensor] | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -82,11 +82,21 @@ class TensorTable:
 
         Raises RuntimeError when they would have to be sent while a CUDA graph is captured.
         """
-        pointers = tuple(t.data_ptr() for t in tensors)
-        if self._addresses is None or self._addresses[0] != pointers:
-            self._addresses = pointers, upload(np.array(pointers, dtype=np.int64), self.device)
+        found = pointers(tensors)
+        if self._addresses is None or self._addresses[0] != found:
+            self._addresses = found, upload(np.array(found, dtype=np.int64), self.device)
         keep_for_graph(self.device, self._addresses[1])
         return self._addresses[1]
+
+
+def pointers(tensors: Iterable[Tensor]) -> list[int]:
+    """Return where the tensors' elements lie."""
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def current_stream(device: torch.device) -> int:
+    """Return the handle of a device's current stream, 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def upload(array: np.ndarray, device: torch.device) -> Tensor:
@@ -146,14 +156,13 @@ def build_table(
         RuntimeError: the table would have to be built while a CUDA graph is captured.
     """
     device, dtype = tensors[0].device, tensors[0].dtype
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     if lengths is None:
         lengths = [t.numel() for t in tensors]
     if extra is None:
         entries = tuple((t.data_ptr(), n) for t, n in zip(tensors, lengths, strict=True))
     else:
         entries = tuple((t.data_ptr(), n, *more) for t, n, more in zip(tensors, lengths, extra, strict=True))
-    table = _build(device, dtype, stream, chunk, tuple(positions), entries)
+    table = _build(device, dtype, current_stream(device), chunk, tuple(positions), entries)
     keep_for_graph(device, table)
     return table
 

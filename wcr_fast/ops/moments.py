@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wcr_fast.backend import active_backend, backend, use_triton
 from wcr_fast.weights import Weights, as_weights
+
+if TYPE_CHECKING:
+    from wcr_fast.triton_path.moments import GradPlan
 
 _lib = torch.library.Library("wcr_fast", "FRAGMENT")
 _lib.define("layer_moments(Tensor[] weights, float r) -> (Tensor mean, Tensor var, Tensor stats)")
@@ -182,6 +186,12 @@ def add_grad_(
         torch.ops.wcr_fast.add_moments_grad_(list(grads), list(weights), stats, coef, lam, r)
     else:
         _add_grad(grads, weights, stats, coef, lam, r)
+
+
+def plan_of(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> GradPlan | None:
+    """Return a plan for adding the gradient to these lists again and again, or None where there is no faster way."""
+    path = path_for(weights)
+    return path.grad_plan(weights, grads) if hasattr(path, "grad_plan") else None
 
 
 def layer_moments(weights: Weights, *, r: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from wcr_fast.backend import active_backend
 from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.moments import launch_gradient, launch_moments
-from wcr_fast.table import TensorTable, build_table, group, on_device
+from wcr_fast.table import (
+    TensorTable,
+    build_table,
+    capturing,
+    current_stream,
+    group,
+    keep_for_graph,
+    on_device,
+    pointers,
+)
 from wcr_fast.torch_path.layout import is_dense, same_layout
 from wcr_fast.torch_path.moments import compute_dtype
+
+try:  # compares a list's types, dtypes, devices, sizes, strides and requires_grad in one call of C++
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:  # torch moved it: every call is prepared anew
+    TensorGuards = None
+
+_grad = attrgetter("grad")
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -22,6 +40,23 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _table(tensors: Sequence[Tensor], positions: Sequence[int]) -> TensorTable:
     return build_table([tensors[i] for i in positions], positions, CHUNK)
+
+
+def _launch_moments(
+    table: TensorTable, stats: Tensor, coef: Tensor | None, r: float, rule: tuple[str, float] | None, total: int
+) -> None:
+    launch_moments(
+        table.rows,
+        table.block_to_tensor,
+        table.scratch("partials", 2 * table.num_chunks, torch.float64),
+        table.scratch("counters", len(table.positions), torch.int32),
+        stats,
+        coef,
+        dtype=table.dtype,
+        r=r,
+        rule=rule,
+        total=total,
+    )
 
 
 def layer_moments(
@@ -46,18 +81,7 @@ def layer_moments(
         table = _table(tensors, positions)
         out = outputs[table.device]
         with on_device(table.device):
-            launch_moments(
-                table.rows,
-                table.block_to_tensor,
-                table.scratch("partials", 2 * table.num_chunks, torch.float64),
-                table.scratch("counters", len(positions), torch.int32),
-                out[:4],
-                out[4:] if rule else None,
-                dtype=table.dtype,
-                r=r,
-                rule=rule,
-                total=total,
-            )
+            _launch_moments(table, out[:4], out[4:] if rule else None, r, rule, total)
     for device, out in outputs.items():
         if device != home:
             columns = [i for i, t in enumerate(tensors) if t.device == device]
@@ -66,6 +90,29 @@ def layer_moments(
 
 
 def _launch_gradient(
+    table: TensorTable,
+    outs: Sequence[Tensor],
+    stats: Tensor,
+    coef: Tensor,
+    lam: float | Tensor,
+    r: float,
+    *,
+    accumulate: bool,
+) -> None:
+    launch_gradient(
+        table.rows,
+        table.block_to_tensor,
+        table.addresses(outs),
+        stats,
+        coef,
+        lam.to(table.device) if isinstance(lam, Tensor) else lam,
+        dtype=table.dtype,
+        r=r,
+        accumulate=accumulate,
+    )
+
+
+def _gradient(
     tensors: Sequence[Tensor],
     outs: Sequence[Tensor],
     stats: Tensor,
@@ -79,18 +126,9 @@ def _launch_gradient(
     for positions in group(tensors):
         table = _table(tensors, positions)
         device = table.device
+        here = [outs[i] for i in positions]
         with on_device(device):
-            launch_gradient(
-                table.rows,
-                table.block_to_tensor,
-                table.addresses([outs[i] for i in positions]),
-                stats.to(device),
-                coef.to(device),
-                lam.to(device) if isinstance(lam, Tensor) else lam,
-                dtype=table.dtype,
-                r=r,
-                accumulate=accumulate,
-            )
+            _launch_gradient(table, here, stats.to(device), coef.to(device), lam, r, accumulate=accumulate)
 
 
 def add_grad_(
@@ -124,7 +162,7 @@ def add_grad_(
             tensor = torch.empty_like(grad).copy_(tensor)
         outs.append(grad)
         weights.append(tensor)
-    _launch_gradient(weights, outs, stats, coef, lam, r, accumulate=True)
+    _gradient(weights, outs, stats, coef, lam, r, accumulate=True)
     for grad, weight, out in zip(grads, tensors, outs, strict=True):
         if grad.dtype != weight.dtype:
             grad.detach().add_(out)
@@ -132,9 +170,68 @@ def add_grad_(
             grad.detach().copy_(out)
 
 
+def _looks(tensors: Sequence[Tensor]) -> TensorGuards:
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+class GradPlan:
+    """Moments and gradient of a list that stays as it is: what a call has to find out is kept for the next.
+
+    Made by :func:`grad_plan`. Stats and coef belong to the plan: the next run overwrites them.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self._device = weights[0].device
+        self._looks = _looks(weights), _looks(grads)
+        self._pointers = pointers(weights)
+        self._around = active_backend(), current_stream(self._device)
+        self._tables = [_table(weights, positions) for positions in group(weights)]
+        both = torch.empty((7, len(weights)), dtype=torch.float64, device=self._device)
+        self._stats, self._coef = both[:4], both[4:]
+        self._total = sum(w.numel() for w in weights)
+
+    def grads_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return the weights' gradients; None where anything is not as it was, but for the gradients' addresses."""
+        of_weights, of_grads = self._looks
+        if not of_weights.check(*weights) or pointers(weights) != self._pointers:
+            return None
+        if self._around != (active_backend(), current_stream(self._device)):
+            return None
+        grads = list(map(_grad, weights))
+        return grads if of_grads.check(*grads) else None
+
+    def run(
+        self, grads: Sequence[Tensor], lam: float | Tensor, r: float, rule: tuple[str, float]
+    ) -> tuple[Tensor, Tensor]:
+        """Add lam times the gradient of the rule's penalty to grads, in two launches a dtype; return stats and coef."""
+        stats, coef, device = self._stats, self._coef, self._device
+        keep_for_graph(device, self)
+        with on_device(device):
+            for table in self._tables:
+                _launch_moments(table, stats, coef, r, rule, self._total)
+            for table in self._tables:
+                here = grads if len(self._tables) == 1 else [grads[i] for i in table.positions]
+                _launch_gradient(table, here, stats, coef, lam, r, accumulate=True)
+        return stats, coef
+
+
+def grad_plan(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> GradPlan | None:
+    """Return the plan of non-empty weights and their gradients, or None where a call has more to do than launches.
+
+    One device, dense, each gradient with its weight's dtype and layout, and no graph being captured: it could not
+    keep what was allocated on the way.
+    """
+    device = weights[0].device
+    plain = all(
+        w.device == g.device == device and w.dtype == g.dtype and w.numel() and is_dense(w) and same_layout(g, w)
+        for w, g in zip(weights, grads, strict=True)
+    )
+    return GradPlan(weights, grads) if plain and TensorGuards and not capturing(device) else None
+
+
 def grads(tensors: Sequence[Tensor], stats: Tensor, coef: Tensor, r: float) -> list[Tensor]:
     """Return s * (b + c ((a - p) - (mean - p))) of every tensor, laid out like ``torch.empty_like`` of it."""
     tensors = [_dense(t) for t in tensors]
     outs = [torch.empty_like(t) for t in tensors]
-    _launch_gradient(tensors, outs, stats, coef, 1.0, r, accumulate=False)
+    _gradient(tensors, outs, stats, coef, 1.0, r, accumulate=False)
     return outs
