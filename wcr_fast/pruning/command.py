@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
 class ProgressLine:
     """A bar on a terminal; elsewhere one line every 10 %, and none for work of less than two seconds."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.terminal = stream, stream.isatty()
+    def __init__(self, stream: TextIO, verb: str = "prune") -> None:
+        self.stream, self.terminal, self.verb = stream, stream.isatty(), verb
         self.begin = time.monotonic()
         self.shown_at, self.shown_tenth = self.begin, 0
 
@@ -101,4 +101,4 @@ class ProgressLine:
         rate = done / max(now - self.begin, 1e-9)
         left = (total - done) / max(rate, 1)
         bar = f"[{'#' * int(BAR * share):<{BAR}}] " if self.terminal else ""
-        return f"prune {bar}{share:4.0%}  {rate / 1e9:.2f} GB/s  {left:.0f} s left"
+        return f"{self.verb} {bar}{share:4.0%}  {rate / 1e9:.2f} GB/s  {left:.0f} s left"
