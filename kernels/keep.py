@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import LANES, ROW_ADDRESS, ROW_LENGTH, is_aligned, locate
-from .launch import CHUNK, TRITON_DTYPES, Variant, config
+from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
 
 _CHUNK = tl.constexpr(CHUNK)
 
@@ -69,9 +69,8 @@ def _constants(dtype: torch.dtype) -> dict:
 
 def launch_keep(rows: Tensor, block_to_tensor: Tensor, *, dtype: torch.dtype) -> None:
     """Enforce the words of each row (int64 [T, 5], the last column their address) on its tensor, in memory order."""
-    _keep_kernel[(block_to_tensor.numel(),)](
-        rows, block_to_tensor, **_constants(dtype), **config("mask", dtype).options()
-    )
+    options = config("mask", dtype).options()
+    launch(_keep_kernel, block_to_tensor.numel(), (rows, block_to_tensor), _constants(dtype), options)
 
 
 def variants() -> list[Variant]:
