@@ -1,10 +1,13 @@
 """Masks: what they are made from, what they do to models, files, and optimizers that train under them."""
 
 import copy
+import hashlib
 import importlib
 import io
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -653,3 +656,18 @@ def test_words_are_packed_again_only_when_they_must(monkeypatch):
     model.weight.data = model.weight.data.t()
     optimizer.step()
     assert len(packed) == 2
+
+
+def test_the_format_as_documented(tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[1] / "docs" / "mask-format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    model = nn.Linear(7, 5)
+    masks = Masks.from_sparsity(model, 0.5)
+    monkeypatch.chdir(tmp_path)
+    masks.save("masks.safetensors")
+    names = {}
+    exec(compile(code, "mask-format.md", "exec"), names)
+    assert torch.equal(torch.from_numpy(names["mask"]), masks["weight"])
+    sha = hashlib.sha256(b'["weight", "float32", [5, 7]]')
+    sha.update(torch.where(masks["weight"], model.weight, 0.0).detach().numpy().tobytes())
+    assert Masks.load("masks.safetensors").weights_sha256 == sha.hexdigest()
