@@ -1,4 +1,4 @@
-"""Benchmarks, run from a clone after ``pip install -e .``: ``python -m benchmarks.cpu``, ``.codegen``."""
+"""Benchmarks, run from a clone after ``pip install -e .``: ``python -m benchmarks``, ``.report``, ``.cpu``, ..."""
 
 import sys
 

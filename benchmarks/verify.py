@@ -173,11 +173,10 @@ def check_step(
             for seen, g_, w_ in zip(worst, got, want, strict=True):
                 seen.see(g_, w_)
         dtype = params[i].dtype
-        rounding = 4 * torch.finfo(dtype).eps * float(worst[0].scale)
-        state_bounds = [BOUND[max(dtype, s.dtype, key=BOUND.__getitem__)] for s in state(i)]
+        rounding = 2 * torch.finfo(dtype).eps * float(worst[0].scale)
         worst[0].check(f"parameter {i}", 0.0, rounding + BOUND[dtype] * float(moved.error))
-        for label, seen, bound in zip(rule.state, worst[1:], state_bounds, strict=True):
-            seen.check(f"{label} of parameter {i}", bound)
+        for label, seen, stored in zip(rule.state, worst[1:], state(i), strict=True):
+            seen.check(f"{label} of parameter {i}", BOUND[stored.dtype])
 
 
 def _draw(grad: Tensor, state: Sequence[Tensor], scale: float) -> None:

@@ -343,6 +343,21 @@ def test_bytes_of_the_optimizers():
     assert found["SGD", "gpt2", "float32", "torch fused, add_grad_"] == pytest.approx(36, rel=1e-3)
 
 
+@pytest.mark.parametrize("kind", optimizer_step.RULES)
+def test_the_captured_step_is_verified_by_its_replay(kind, monkeypatch):
+    def captured(call):
+        for _ in range(3):
+            call()
+        return call
+
+    monkeypatch.setattr(stepper, "captured", captured)
+    ways = optimizer_step.Ways(kind, [(40, 50), (50,)], torch.float32, GPU)
+    (side,) = (side for side in ways.sides() if side.name == "ours, penalty, in a graph")
+    subject = side.build(1)
+    subject.call(0)
+    subject.verify()
+
+
 @pytest.mark.parametrize("suite", command.SUITES)
 def test_every_suite_from_the_command_line(suite, tmp_path, capsys):
     command.main(["--device", "cpu", "--quick", "--suite", suite, "--out", str(tmp_path)])
