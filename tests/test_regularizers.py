@@ -280,6 +280,111 @@ def test_frozen_and_replaced_parameters(net):
         wcr()
 
 
+def _change_data(net):
+    net.fc.weight.data = net.fc.weight.data * 2
+
+
+def _change_strides(net):
+    net.square.weight.data = net.square.weight.data.t()
+    net.square.weight.grad.data = net.square.weight.grad.data  # as it was
+
+
+def _replace(net):
+    grad = net.fc.weight.grad
+    net.fc.weight = nn.Parameter(net.fc.weight.detach() * 3)
+    net.fc.weight.grad = grad
+
+
+def _change_dtype(net):
+    net.double()
+
+
+def _change_gradients(net):
+    for p in net.parameters():
+        p.grad = None if p.grad is None else torch.randn_like(p)
+
+
+def _change_gradient_layout(net):
+    net.fc.weight.grad = torch.randn(net.fc.weight.shape[::-1], device=net.fc.weight.device).t()
+
+
+def _change_gradient_dtype(net):
+    net.fc.weight.grad = None
+    net.fc.weight.grad_dtype = None
+    net.fc.weight.grad = torch.zeros_like(net.fc.weight, dtype=torch.float64)
+
+
+def _drop_gradients(net):
+    net.zero_grad(set_to_none=True)
+
+
+def _drop_one_gradient(net):
+    net.conv.weight.grad = None
+
+
+def _freeze(net):
+    net.conv.weight.requires_grad_(False)
+
+
+CHANGES = [
+    _change_data,
+    _change_strides,
+    _replace,
+    _change_dtype,
+    _change_gradients,
+    _change_gradient_layout,
+    _change_gradient_dtype,
+    _drop_gradients,
+    _drop_one_gradient,
+    _freeze,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changed_between_two_calls_is_noticed(backend, net, change):
+    net.square = nn.Linear(7, 7).to(net.fc.weight.device)
+    wcr = wcr_fast.WCR(net, lam=0.5)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(3):
+        wcr.add_grad_()
+    assert (wcr._plan is not None) == (backend == "triton")
+    change(net)
+    before = {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
+    wcr.add_grad_()
+    got = {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
+    for n, p in net.named_parameters():
+        p.grad = before[n]
+    wcr_fast.WCR(net, lam=0.5).add_grad_()
+    for n, p in net.named_parameters():
+        assert (p.grad is None) == (got[n] is None), n
+        if p.grad is not None:
+            assert torch.equal(p.grad, got[n]), n
+    assert not torch.equal(net.fc.weight.grad, torch.zeros_like(net.fc.weight.grad))
+
+
+def test_a_plan_follows_lam_eps_and_the_backend(backend, net):
+    def added(reg):
+        net.zero_grad(set_to_none=False)
+        reg.add_grad_()
+        return net.conv.weight.grad.clone()
+
+    wcr = wcr_fast.WCR(net, lam=0.5)
+    first = added(wcr)
+    assert torch.equal(added(wcr), first)
+    wcr.lam = 1.0
+    torch.testing.assert_close(added(wcr), 2 * first)
+    wcr.lam = torch.tensor(0.5, device=net.conv.weight.device)
+    torch.testing.assert_close(added(wcr), first)
+    wcr.lam, wcr.eps = 0.5, 1e-3
+    assert torch.equal(added(wcr), added(wcr_fast.WCR(net, lam=0.5, eps=1e-3)))
+    with wcr_fast.backend("torch"):
+        other = added(wcr)
+        assert wcr._plan is None
+    assert reference.relative_error(other, added(wcr)) < 5e-6
+    assert copy.deepcopy(wcr)._plan is None
+
+
 def test_sparse_gradients_are_refused():
     model = nn.Embedding(5, 3, sparse=True)
     wcr = wcr_fast.WCR(model)

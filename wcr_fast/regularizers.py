@@ -27,7 +27,7 @@ from wcr_fast.ops.moments import (
     result_dtype,
     stats_of,
 )
-from wcr_fast.table import upload
+from wcr_fast.table import pointers, upload
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Regularizer:
     default_lam: ClassVar[float] = 1e-4
     default_r: ClassVar[float] = 0.0
     _plan: GradPlan | None = None
+    _plan_owners: tuple[list[dict], list[str]] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +100,6 @@ class Regularizer:
         self._refuse_twice()
         self._numels = tuple(w.param.numel() for w in self._choice.weights)
         self._vectors: dict[tuple, Tensor] = {}
-        self._owners = [w.owner for w in self._choice.weights if w.owner]  # of all weights, or of none
         self._refuse_degenerate()
 
     @property
@@ -229,19 +229,19 @@ class Regularizer:
             return None
         everything = indices is None or len(indices) == len(self._numels)
         if self._plan is not None and everything and not torch.compiler.is_compiling():
-            grads = self._plan.grads_of(self._listed())
-            if grads is not None:
-                return self._run_plan(grads, lam)
+            found = self._plan.grads_of(self._listed())
+            if found is not None:
+                return self._run_plan(*found, lam)
         return self._add_grad_anew(self._active() if indices is None else indices, lam)
 
     def _listed(self) -> list[Tensor | None]:
-        """Return all weights as the module holds them now, unchecked."""
-        if self._owners:
-            return [module._parameters.get(attribute) for module, attribute in self._owners]
-        return [w.param for w in self._choice.weights]
+        """Return the plan's weights as the module holds them now, unchecked."""
+        if self._plan_owners is None:
+            return [w.param for w in self._choice.weights]
+        return list(map(dict.get, *self._plan_owners))
 
-    def _run_plan(self, grads: list[Tensor], lam: float | Tensor) -> tuple[Tensor, Tensor]:
-        stats, coef = self._plan.run(grads, lam, self.r, (self.family, self.eps))
+    def _run_plan(self, grads: list[Tensor], addresses: list[int], lam: float | Tensor) -> tuple[Tensor, Tensor]:
+        stats, coef = self._plan.run(addresses, lam, self.r, (self.family, self.eps))
         torch.autograd.graph.increment_version(grads)
         return coef[0], stats
 
@@ -265,7 +265,11 @@ class Regularizer:
         if rule and not torch.compiler.is_compiling():
             self._plan = plan_of(params, grads)
             if self._plan is not None:
-                return self._run_plan(grads, lam)
+                # A module's weights are looked up where it keeps them: that dictionary lives as long as the module.
+                owners = [w.owner for w in self._choice.weights if w.owner]
+                kept = [module._parameters for module, _ in owners], [attribute for _, attribute in owners]
+                self._plan_owners = kept if owners else None
+                return self._run_plan(grads, pointers(grads), lam)
         stats, coef = stats_of(tensors, self.r, rule)
         if coef is None:
             coef = torch.stack(self._derivatives_at(stats, indices))
@@ -284,7 +288,7 @@ class Regularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # What it is attached to stays here, and so does what was found out of these tensors.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_plan")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_plan", "_plan_owners")}
 
     def __repr__(self) -> str:
         lam = self.lam.item() if isinstance(self.lam, Tensor) else self.lam

@@ -82,9 +82,12 @@ class TensorTable:
 
         Raises RuntimeError when they would have to be sent while a CUDA graph is captured.
         """
-        found = pointers(tensors)
-        if self._addresses is None or self._addresses[0] != found:
-            self._addresses = found, upload(np.array(found, dtype=np.int64), self.device)
+        return self.sent(pointers(tensors))
+
+    def sent(self, numbers: list[int]) -> Tensor:
+        """Return addresses on the device, as :meth:`addresses` does of tensors."""
+        if self._addresses is None or self._addresses[0] != numbers:
+            self._addresses = numbers, upload(np.array(numbers, dtype=np.int64), self.device)
         keep_for_graph(self.device, self._addresses[1])
         return self._addresses[1]
 

@@ -31,6 +31,9 @@ except ImportError:  # torch moved it: every call is prepared anew
 
 _grad = attrgetter("grad")
 
+# Tensors that a plan looks at together: what it reads of them stays in cache from one look to the next.
+_PIECE = 256
+
 
 def _dense(tensor: Tensor) -> Tensor:
     """Return the tensor itself where its elements fill one block of memory, else a copy laid out densely."""
@@ -91,7 +94,7 @@ def layer_moments(
 
 def _launch_gradient(
     table: TensorTable,
-    outs: Sequence[Tensor],
+    out_addrs: Tensor,
     stats: Tensor,
     coef: Tensor,
     lam: float | Tensor,
@@ -102,7 +105,7 @@ def _launch_gradient(
     launch_gradient(
         table.rows,
         table.block_to_tensor,
-        table.addresses(outs),
+        out_addrs,
         stats,
         coef,
         lam.to(table.device) if isinstance(lam, Tensor) else lam,
@@ -126,9 +129,9 @@ def _gradient(
     for positions in group(tensors):
         table = _table(tensors, positions)
         device = table.device
-        here = [outs[i] for i in positions]
         with on_device(device):
-            _launch_gradient(table, here, stats.to(device), coef.to(device), lam, r, accumulate=accumulate)
+            out_addrs = table.addresses([outs[i] for i in positions])
+            _launch_gradient(table, out_addrs, stats.to(device), coef.to(device), lam, r, accumulate=accumulate)
 
 
 def add_grad_(
@@ -170,8 +173,21 @@ def add_grad_(
             grad.detach().copy_(out)
 
 
-def _looks(tensors: Sequence[Tensor]) -> TensorGuards:
-    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+class _Piece:
+    """What some weights and their gradients looked like."""
+
+    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        self.weights, self.grads = (
+            TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None) for tensors in (weights, grads)
+        )
+        self.pointers = pointers(weights)
+
+    def grads_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
+        """Return the weights' gradients; None where anything but the gradients' addresses has changed."""
+        if not self.weights.check(*weights) or pointers(weights) != self.pointers:
+            return None
+        grads = list(map(_grad, weights))
+        return grads if self.grads.check(*grads) else None
 
 
 class GradPlan:
@@ -182,36 +198,40 @@ class GradPlan:
 
     def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         self._device = weights[0].device
-        self._looks = _looks(weights), _looks(grads)
-        self._pointers = pointers(weights)
+        pieces = range(0, len(weights), _PIECE)
+        self._pieces = [(i, _Piece(weights[i : i + _PIECE], grads[i : i + _PIECE])) for i in pieces]
         self._around = active_backend(), current_stream(self._device)
         self._tables = [_table(weights, positions) for positions in group(weights)]
         both = torch.empty((7, len(weights)), dtype=torch.float64, device=self._device)
         self._stats, self._coef = both[:4], both[4:]
         self._total = sum(w.numel() for w in weights)
 
-    def grads_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return the weights' gradients; None where anything is not as it was, but for the gradients' addresses."""
-        of_weights, of_grads = self._looks
-        if not of_weights.check(*weights) or pointers(weights) != self._pointers:
-            return None
+    def grads_of(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[int]] | None:
+        """Return the weights' gradients and their addresses; None where anything else is not as it was."""
         if self._around != (active_backend(), current_stream(self._device)):
             return None
-        grads = list(map(_grad, weights))
-        return grads if of_grads.check(*grads) else None
+        grads: list[Tensor] = []
+        addresses: list[int] = []
+        for start, piece in self._pieces:
+            found = piece.grads_of(weights[start : start + _PIECE])
+            if found is None:
+                return None
+            grads += found
+            addresses += pointers(found)
+        return grads, addresses
 
     def run(
-        self, grads: Sequence[Tensor], lam: float | Tensor, r: float, rule: tuple[str, float]
+        self, addresses: list[int], lam: float | Tensor, r: float, rule: tuple[str, float]
     ) -> tuple[Tensor, Tensor]:
-        """Add lam times the gradient of the rule's penalty to grads, in two launches a dtype; return stats and coef."""
+        """Add lam times the gradient of the rule's penalty, in two launches a dtype; return stats and coef."""
         stats, coef, device = self._stats, self._coef, self._device
         keep_for_graph(device, self)
         with on_device(device):
             for table in self._tables:
                 _launch_moments(table, stats, coef, r, rule, self._total)
             for table in self._tables:
-                here = grads if len(self._tables) == 1 else [grads[i] for i in table.positions]
-                _launch_gradient(table, here, stats, coef, lam, r, accumulate=True)
+                here = addresses if len(self._tables) == 1 else [addresses[i] for i in table.positions]
+                _launch_gradient(table, table.sent(here), stats, coef, lam, r, accumulate=True)
         return stats, coef
 
 
