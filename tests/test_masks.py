@@ -262,7 +262,7 @@ def test_counters_and_other_state_stay():
         optimizer.step()
     assert optimizer.state[weight]["step"] == 3
     assert weight == 0
-    optimizer.state[weight]["codes"] = torch.ones((), dtype=torch.uint8)
+    optimizer.state[weight]["codes"] = torch.ones((), dtype=torch.int16)
     optimizer.step()
     assert optimizer.state[weight]["codes"] == 1
 

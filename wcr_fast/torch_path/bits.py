@@ -111,12 +111,16 @@ def pack_words(flat: Tensor) -> Tensor:
 
 def unpack_words(words: Tensor, start: int, count: int) -> Tensor:
     """Unpack interleaved words into bool [count], the elements from ``start`` (a multiple of 32768) in memory order."""
-    first, last = start // CHUNK, -(-(start + count) // CHUNK)
-    part = words[first * WORDS : last * WORDS]
-    if part.numel() < (last - first) * WORDS:
-        part = _padded(part, (last - first) * WORDS)
-    bools = _spread(part.view(torch.uint8)).view(-1, WORDS, CHUNK // WORDS)
-    return bools.transpose(1, 2).reshape(-1)[:count]
+    first, (chunks, rest) = start // CHUNK, divmod(count, CHUNK)
+    pieces = []
+    if chunks or not rest:
+        spread = _spread(words[first * WORDS : (first + chunks) * WORDS].view(torch.uint8))
+        pieces.append(spread.view(-1, WORDS, CHUNK // WORDS).transpose(1, 2).reshape(-1))
+    if rest:  # of a short chunk only the rows that it has
+        part = words[(first + chunks) * WORDS :][:WORDS]
+        rows = torch.arange(-(-rest // WORDS), dtype=torch.int32, device=words.device)[:, None]
+        pieces.append(((part >> rows) & 1).bool().view(-1)[:rest])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def words_for(packed: Tensor, like: Tensor) -> Tensor:
