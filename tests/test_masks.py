@@ -671,3 +671,39 @@ def test_the_format_as_documented(tmp_path, monkeypatch):
     sha = hashlib.sha256(b'["weight", "float32", [5, 7]]')
     sha.update(torch.where(masks["weight"], model.weight, 0.0).detach().numpy().tobytes())
     assert Masks.load("masks.safetensors").weights_sha256 == sha.hexdigest()
+
+
+@pytest.fixture
+def second_of_two_ranks():
+    """A process group of two whose other member is not there: enough where nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield torch.distributed.init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_each_rank_masks_its_shard(second_of_two_ranks, dim):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    whole = torch.randn(5, 7)
+    mask = Masks.from_sparsity([whole], 0.5)["weights[0]"]
+    masks = Masks.from_masks({"weight": mask})
+    model = nn.Linear(7, 5, bias=False)
+
+    def shard(tensor):
+        return distribute_tensor(tensor, second_of_two_ranks, [Shard(dim)], src_data_rank=None)
+
+    mine = (lambda t: t[3:]) if dim == 0 else (lambda t: t[:, 4:])
+    model.weight = nn.Parameter(shard(whole))
+    masks.apply_(model)
+    assert torch.equal(model.weight.to_local(), mine(torch.where(mask, whole, 0.0)))
+    model.weight = nn.Parameter(shard(whole))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks.keep(optimizer, model)
+    for _ in range(3):
+        model.weight.grad = shard(torch.ones(5, 7))
+        optimizer.step()
+        for tensor in (model.weight, optimizer.state[model.weight]["momentum_buffer"]):
+            assert torch.equal(tensor.detach().to_local() != 0, mine(mask))

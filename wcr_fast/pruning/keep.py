@@ -11,16 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from wcr_fast.backend import use_triton
-from wcr_fast.torch_path.bits import words_for
+from wcr_fast.ops.sharded import is_sharded, local
+from wcr_fast.torch_path.bits import pack, unpack, words_for
 from wcr_fast.weights import Weight
 
 # The handles at work on each optimizer.
 _handles: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[KeepHandle]] = weakref.WeakKeyDictionary()
 
 
+def words_of(packed: Tensor, tensor: Tensor) -> Tensor:
+    """Turn plain bits into the words of a tensor (see ``words_for``), or of this rank's shard of a DTensor."""
+    if not is_sharded(tensor):
+        return words_for(packed, tensor)
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    whole = unpack(packed.to(local(tensor).device), tensor.numel()).view(tensor.shape)
+    # Every rank has all the bits: it takes its part, nothing is sent.
+    part = distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local()
+    return words_for(pack(part), local(tensor))
+
+
 def enforce_(tensors: Sequence[Tensor], words: Sequence[Tensor]) -> None:
-    """Write +0.0 where the interleaved words of each tensor (see ``words_for``) have a 0; any devices and dtypes."""
-    tensors = [t.detach() for t in tensors]
+    """Write +0.0 where the interleaved words of each tensor (see ``words_of``) have a 0; any devices and dtypes."""
+    tensors = [local(t).detach() for t in tensors]
     for device in dict.fromkeys(t.device for t in tensors):
         here = [i for i, t in enumerate(tensors) if t.device == device]
         listed = [tensors[i] for i in here]
@@ -43,11 +57,18 @@ def _states(optimizer: torch.optim.Optimizer, param: Tensor) -> list[Tensor]:
         t
         for name, t in (held.items() if isinstance(held, Mapping) else ())
         if name != "step"
-        and type(t) in (Tensor, nn.Parameter)
+        and (type(t) in (Tensor, nn.Parameter) or is_sharded(t))
         and t.shape == param.shape
         and t.is_floating_point()
         and t.element_size() >= 2
     ]
+
+
+def _layout(tensor: Tensor) -> tuple:
+    """Return what the words of a mask depend on."""
+    if is_sharded(tensor):
+        return tensor.device, local(tensor).stride(), tensor.placements, tensor.device_mesh
+    return tensor.device, tensor.stride()
 
 
 def _owned(optimizer: torch.optim.Optimizer) -> set[int]:
@@ -111,12 +132,12 @@ class KeepHandle:
         """Return the words of the i-th mask for tensors of its shape, packed anew where a layout changed."""
         used: dict[tuple, Tensor] = {}
         for tensor in tensors:
-            key = (tensor.device, tensor.stride())
+            key = _layout(tensor)
             if key not in used:
                 known = self._words[i].get(key)
-                used[key] = words_for(self._packed[i], tensor) if known is None else known
+                used[key] = words_of(self._packed[i], tensor) if known is None else known
         self._words[i] = used
-        return [used[tensor.device, tensor.stride()] for tensor in tensors]
+        return [used[_layout(tensor)] for tensor in tensors]
 
     def _zero(self, optimizer: torch.optim.Optimizer, params: dict[int, Tensor]) -> None:
         tensors: list[Tensor] = []
@@ -135,7 +156,7 @@ class KeepHandle:
         changed = {}
         for i, param in params.items():
             told, layout = self._told.get(i, (None, None))
-            if told is not param or layout != (param.device, param.stride()):
+            if told is not param or layout != _layout(param):
                 changed[i] = param
         if changed:
             self._tell(optimizer, changed)
@@ -147,7 +168,7 @@ class KeepHandle:
         for i, param in params.items():
             if id(param) in owned:
                 optimizer._set_mask(param, *self._words_of(i, [param]))
-            self._told[i] = param, (param.device, param.stride())
+            self._told[i] = param, _layout(param)
         optimizer.weights_changed()
 
     def remove(self) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from wcr_fast.attach import _unwrap
 from wcr_fast.ops import select
+from wcr_fast.ops.sharded import is_sharded
 from wcr_fast.pruning import mask_file, torch_prune
-from wcr_fast.pruning.keep import KeepHandle, enforce_
+from wcr_fast.pruning.keep import KeepHandle, enforce_, words_of
 from wcr_fast.pruning.prune import check_writable, chosen
 from wcr_fast.torch_path import bits
 from wcr_fast.weights import Exclude, Weight, Weights, as_weights, check_plain, choose
@@ -237,7 +238,7 @@ class Masks:
         Args:
             model: a module with parameters of these names (this one, or an averaged copy: wrappers such as
                 AveragedModel, DistributedDataParallel and compiled modules are looked into), a ``state_dict``, or
-                the list of tensors that the masks were made from.
+                the list of tensors that the masks were made from. Of a DTensor each rank writes its shard.
 
         Raises:
             ValueError: before anything is written: a missing name, another shape, a weight that can't be written.
@@ -253,7 +254,7 @@ class Masks:
         """
         weights = self._find(model, "apply_")
         params = [w.param for w in weights]
-        enforce_(params, [bits.words_for(self._layers[w.name][0], w.param) for w in weights])
+        enforce_(params, [words_of(self._layers[w.name][0], w.param) for w in weights])
 
     def keep(self, optimizer: Any, model: Named | None = None) -> KeepHandle:
         """Keep the removed weights at zero from now on, with their momentum and other state.
@@ -303,8 +304,9 @@ class Masks:
         weights = {w.name: w.param for w in self._find(model, "digest")}
         sha = hashlib.sha256()
         for name in sorted(weights):
-            values = weights[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-            enforce_([values], [bits.words_for(self._layers[name][0], values)])
+            whole = weights[name].full_tensor() if is_sharded(weights[name]) else weights[name]
+            values = whole.detach().cpu().clone(memory_format=torch.contiguous_format)
+            enforce_([values], [words_of(self._layers[name][0], values)])
             kind = str(values.dtype).removeprefix("torch.")
             sha.update(json.dumps([name, kind, list(values.shape)]).encode())
             sha.update(memoryview(values.view(-1).view(torch.uint8).numpy()))
@@ -379,7 +381,8 @@ class Masks:
 
 def _check_fits(weight: Weight, shape: Sequence[int], op: str) -> None:
     param = weight.param
-    check_plain(param, f"{op}: {weight.name}")
+    if not is_sharded(param):
+        check_plain(param, f"{op}: {weight.name}")
     if not param.is_floating_point() or param.element_size() < 2:
         raise TypeError(f"{op}: {weight.name} must be float16, bfloat16, float32 or float64, got {param.dtype}")
     if param.shape != shape:
