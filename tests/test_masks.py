@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKENDS, DEVICE
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -626,19 +625,35 @@ def test_a_torch_prune_state_dict_is_written():
         masks.to_torch_prune({})
 
 
-@pytest.mark.parametrize("backend_name", BACKENDS)
-def test_a_few_steps_on_both_backends(backend_name):
-    device = DEVICE if backend_name == "triton" else "cpu"
+@pytest.mark.parametrize("make", [o for o in OPTIMIZERS if o.id in ("AdamW", "wcr-SGD", "WCR", "wcr-AdamW")])
+def test_a_few_steps_on_both_backends(make, backend, device):
     model = net().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    with wcr_fast.backend(backend_name):
-        masks = Masks.from_sparsity(model, 0.7)
-        masks.keep(optimizer)
+    optimizer = make(model.parameters())
+    masks = Masks.from_sparsity(model, 0.7)
+    with masks.keep(optimizer):
         for _ in range(3):
             optimizer.zero_grad()
             model(torch.randn(4, 1, 6, 6, device=device)).square().sum().backward()
             optimizer.step()
             assert removed_stay_zero(model, masks)
+    optimizer.step()
+    assert not removed_stay_zero(model, masks)
+
+
+@pytest.mark.parametrize("master", [None, "float32", "remainder"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ours(name)) for name in ("SGD", "AdamW")])
+def test_narrow_weights_with_a_wider_copy(name, master, backend, device):
+    model = nn.Linear(40, 30, bias=False).to(device, torch.bfloat16)
+    optimizer = optimizer_of("wcr_fast.optim", name, lr=0.1, weight_decay=0.1, master=master)(model.parameters())
+    for number in range(6):
+        if number == 3:
+            masks = Masks.from_sparsity(model, 0.5)
+            masks.keep(optimizer)
+        model.weight.grad = torch.randn_like(model.weight)
+        optimizer.step()
+        if number >= 3:
+            assert not model.weight[~masks["weight"]].view(torch.int16).any()
+            assert model.weight.isfinite().all()
 
 
 def test_words_are_packed_again_only_when_they_must(monkeypatch):
