@@ -24,16 +24,14 @@ _WIDTH = tl.constexpr(5)
 
 @triton.jit
 def _keep_chunk(ptr, words_ptr, count, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
     ROWS: tl.constexpr = BLOCK // LANES
-    if MASKED:
-        words = tl.load(words_ptr + lanes % LANES, mask=lanes % LANES < count, other=0)
-    else:
-        words = tl.load(words_ptr + lanes % LANES)
-    words = words >> (lanes // LANES)
+    lanes = tl.arange(0, LANES)
+    row = tl.arange(0, ROWS)[:, None]
+    words = tl.load(words_ptr + lanes, mask=lanes < count, other=0) if MASKED else tl.load(words_ptr + lanes)
+    words = words[None, :] >> row
     steps = tl.cdiv(count, BLOCK).to(tl.int32) if MASKED else _CHUNK // BLOCK
     for i in range(steps):
-        offs = i * BLOCK + lanes
+        offs = i * BLOCK + row * LANES + lanes[None, :]
         mask = offs < count if MASKED else None
         x = tl.load(ptr + offs, mask=mask)
         tl.store(ptr + offs, tl.where(((words >> (i * ROWS)) & 1) != 0, x, 0.0), mask=mask)
