@@ -33,7 +33,7 @@ def _keep_chunk(ptr, words_ptr, count, BLOCK: tl.constexpr, MASKED: tl.constexpr
     for i in range(steps):
         offs = i * BLOCK + row * LANES + lanes[None, :]
         mask = offs < count if MASKED else None
-        x = tl.load(ptr + offs, mask=mask)
+        x = tl.load(ptr + offs, mask=mask, other=0.0 if MASKED else None)
         tl.store(ptr + offs, tl.where(((words >> (i * ROWS)) & 1) != 0, x, 0.0), mask=mask)
 
 
