@@ -89,10 +89,10 @@ def wide(x):
 def narrow(x, DTYPE: tl.constexpr):
     """Round x to the nearest value of a storage dtype."""
     if INTERPRETED and tl.bfloat16 == DTYPE:
-        # The interpreter truncates where the hardware rounds to nearest even; a NaN stays as it is.
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)
+        # The interpreter truncates where the hardware rounds to nearest even, and loses subnormals.
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(DTYPE)
 
 

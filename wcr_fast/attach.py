@@ -194,6 +194,8 @@ def attach(regularizer: Regularizer, optimizer: Any) -> AttachHandle:
     attached = _attached(regularizer)
     if base in attached:
         raise ValueError(f"attach: this {name} is attached to this {type(base).__name__} already; remove() it first")
+    if getattr(base, "penalty", None) is not None:
+        raise ValueError(f"attach: this {type(base).__name__} has a penalty of its own in its step; use one of the two")
     hook = _Hook(regularizer)
     if not hook.owned(base):
         raise ValueError(
