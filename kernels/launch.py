@@ -177,4 +177,5 @@ class Variant:
     warps: int
     streams: int = 1  # arrays that the full-chunk path reads, in 128-bit loads; 0 for kernels without that path
     essential: bool = True  # False where another variant has the same loops: the full list compiles it, tests don't
+    bytes_per_element: float | None = None  # that the op moves: the budget; None without a full-chunk path to count
     options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))

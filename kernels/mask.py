@@ -372,7 +372,7 @@ def variants() -> list[Variant]:
         label = f"{dtype} as {key_dtype}".replace("torch.", "")
         constants = _mask_constants(dtype, key_dtype, False)
         warps = config("mask", dtype).warps
-        listed.append(Variant(_ties_kernel, label, ties, constants, warps))
+        listed.append(Variant(_ties_kernel, label, ties, constants, warps, bytes_per_element=dtype.itemsize))
         for to_mask in (False, True):
             listed.append(
                 Variant(
@@ -381,6 +381,7 @@ def variants() -> list[Variant]:
                     mask,
                     {**constants, "TO_MASK": to_mask},
                     warps,
+                    bytes_per_element=dtype.itemsize + (1 if to_mask else dtype.itemsize),
                 )
             )
     for dtype in TRITON_DTYPES:
@@ -388,10 +389,12 @@ def variants() -> list[Variant]:
             label = f"{dtype} {n}:{m}".replace("torch.", "")
             constants = _nm_constants(dtype, n, m, False)
             streams = int(constants["WIDTH"] == m)
+            moved = 2 * dtype.itemsize if streams else None
             essential = (n, m) in ((2, 4), (2, 3), (8, 16))
             warps = config("nm", dtype).warps
-            listed.append(Variant(_nm_kernel, label, nm, constants, warps, streams, essential))
+            listed.append(Variant(_nm_kernel, label, nm, constants, warps, streams, essential, moved))
         constants = _nm_constants(dtype, 2, 4, True)
         label = f"{dtype} 2:4 mask".replace("torch.", "")
-        listed.append(Variant(_nm_kernel, label, nm, constants, config("nm", dtype).warps))
+        warps = config("nm", dtype).warps
+        listed.append(Variant(_nm_kernel, label, nm, constants, warps, bytes_per_element=dtype.itemsize + 1))
     return listed

@@ -188,5 +188,7 @@ def variants() -> list[Variant]:
         for to_mask in (False, True):
             label = f"{dtype} {'mask' if to_mask else 'in place'}".replace("torch.", "")
             warps = config("rows", dtype).warps
-            listed.append(Variant(_rows_kernel, label, signature, _rows_constants(dtype, to_mask), warps))
+            constants = _rows_constants(dtype, to_mask)
+            moved = dtype.itemsize + (1 if to_mask else dtype.itemsize)
+            listed.append(Variant(_rows_kernel, label, signature, constants, warps, bytes_per_element=moved))
     return listed

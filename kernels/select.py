@@ -257,7 +257,18 @@ def variants() -> list[Variant]:
             constants = _histogram_constants(dtype, key_dtype, False, first)
             warps = config("histogram", dtype).warps
             essential = dtype == key_dtype or not first
-            listed.append(Variant(_histogram_kernel, label, histogram, constants, warps, essential=essential))
+            moved = dtype.itemsize
+            listed.append(
+                Variant(
+                    _histogram_kernel,
+                    label,
+                    histogram,
+                    constants,
+                    warps,
+                    essential=essential,
+                    bytes_per_element=moved,
+                )
+            )
     refine = {"hist_ptr": "*i64", "prefix_ptr": "*i64", "remaining_ptr": "*i64"}
     refine |= {"num_cuts": "i32", "num_queries": "i32"}
     for first in (True, False):
@@ -268,5 +279,6 @@ def variants() -> list[Variant]:
     for dtype in TRITON_DTYPES:
         label = str(dtype).removeprefix("torch.")
         warps = config("survey", dtype).warps
-        listed.append(Variant(_survey_kernel, label, signature, _survey_constants(dtype), warps))
+        constants = _survey_constants(dtype)
+        listed.append(Variant(_survey_kernel, label, signature, constants, warps, bytes_per_element=dtype.itemsize))
     return listed
