@@ -75,6 +75,13 @@ def variants() -> list[Variant]:
     """Return the forms of this module's kernel that the code generation check compiles."""
     tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
     return [
-        Variant(_keep_kernel, str(dtype).removeprefix("torch."), tables, _constants(dtype), config("mask", dtype).warps)
+        Variant(
+            _keep_kernel,
+            str(dtype).removeprefix("torch."),
+            tables,
+            _constants(dtype),
+            config("mask", dtype).warps,
+            bytes_per_element=2 * dtype.itemsize + 1 / 8,
+        )
         for dtype in TRITON_DTYPES
     ]
