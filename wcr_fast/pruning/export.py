@@ -193,6 +193,13 @@ def restore_checkpoint(
 
     Raises:
         UsageError: missing, damaged or dense input, an existing target, a full disk. Nothing is left behind.
+
+    Example:
+        >>> import torch, safetensors.torch
+        >>> safetensors.torch.save_file({"w": torch.eye(100)}, "dense.safetensors")
+        >>> record = export_checkpoint("dense.safetensors", "packed.safetensors", force=True)
+        >>> restore_checkpoint("packed.safetensors", "restored.safetensors", force=True) == record.dense_bytes
+        True
     """
     source, target = Path(source), Path(target)
     files, others = _files(source, target, force)

@@ -195,6 +195,12 @@ class Masks:
 
         Raises:
             ValueError: for names that are missing and shapes that differ.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(4, 4)
+            >>> sorted(Masks.from_sparsity(model, 0.75).to_torch_prune(model.state_dict()))
+            ['bias', 'weight_mask', 'weight_orig']
         """
         self._find(state_dict, "to_torch_prune")
         masks = {name: self[name].to(state_dict[name]) for name in self}
@@ -275,6 +281,16 @@ class Masks:
         Raises:
             ValueError: when the optimizer owns none of the weights, or keeps one already; as ``apply_`` for names
                 and shapes. TypeError: for anything that isn't a torch optimizer.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(4, 4)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            >>> with Masks.from_sparsity(model, 0.75).keep(optimizer):
+            ...     model(torch.ones(2, 4)).sum().backward()
+            ...     optimizer.step()
+            >>> int(model.weight.count_nonzero())
+            4
         """
         base = _unwrap(optimizer)
         target = model if model is not None else self._origin()
@@ -300,6 +316,15 @@ class Masks:
 
         Raises:
             ValueError, TypeError: as ``apply_``.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(4, 4)
+            >>> masks = Masks.from_sparsity(model, 0.75)
+            >>> before = masks.digest(model)
+            >>> masks.apply_(model)
+            >>> masks.digest(model) == before
+            True
         """
         weights = {w.name: w.param for w in self._find(model, "digest")}
         sha = hashlib.sha256()
