@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from wcr_fast import regularizers
 from wcr_fast.backend import active_backend, use_triton
 from wcr_fast.ops.moments import stats_of
 from wcr_fast.ops.sharded import is_sharded, local, merged_stats
+from wcr_fast.optim.watch import Watch, watch
 from wcr_fast.regularizers import Regularizer
 from wcr_fast.slots import STATE_NAMES, Penalty, Rule, Slot, Step
 from wcr_fast.table import capturing, keep_for_graph
@@ -33,6 +35,8 @@ PENALTIES: dict[str, type[Regularizer]] = {
     for kind in vars(regularizers).values()
     if isinstance(kind, type) and issubclass(kind, Regularizer) and kind.family
 }
+_version = attrgetter("_version")
+
 MASTERS = (None, "float32", "remainder")
 STATE_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
@@ -179,6 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._slots: list[Slot] | None = None
         self._plan: Any = None
         self._prepared: tuple | None = None
+        self._watch: Watch | None = None
         self._versions: list[int] | None = None
 
     def weights_changed(self) -> None:
@@ -294,9 +299,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _groups_now(self) -> list[dict[str, Any]]:
         """Return the groups with the strength that holds now."""
-        if self._regularizer is None:
-            return [{**group, "lam": 0.0} for group in self.param_groups]
-        default = self._regularizer.lam
+        default = self._regularizer.lam if self._regularizer else 0.0
         return [{**group, "lam": default if group["lam"] is None else group["lam"]} for group in self.param_groups]
 
     # --- the step ----------------------------------------------------------------------------------------------
@@ -314,6 +317,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found = None if loss is not None or self._watch is None else self._watch.look(self.param_groups)
+        if found is not None:
+            self._repeat(*found)
+            return None
         with torch.no_grad():
             value = self._step(loss is not None)
         if value is None:
@@ -359,13 +366,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._plan is None or not self._plan.fits(step.grads):
             self._plan = StepPlan(self._slots, rule, step.grads)
             self._versions = None
+            self._penalised = [s.weight for s in self._slots if s.layer >= 0]
         plan, value = self._plan, None
         if rule.penalty:
-            self._look_for_changes()
-            if self._versions is None or self._versions != self._versions_now():
-                plan.take_moments()
-                self._complete(plan, rule)
-                self._versions = self._versions_now()
+            self._know_moments(plan, rule, self._versions_now())
             if with_value:
                 value = self._value(plan.coef(), step)
         plan.run(step)
@@ -374,7 +378,36 @@ class FusedOptimizer(torch.optim.Optimizer):
                 keep_for_graph(device, plan)
         if rule.penalty:
             self._complete(plan, rule)
+        if self._watch is None and plan.repeatable and len(self._slots) == sum(len(g["params"]) for g in step.groups):
+            params = [s.param for s in self._slots]
+            weights = self._regularizer._choice.weights if rule.penalty else []
+            owners = [(w.owner[0]._parameters, w.owner[1]) for w in weights if w.owner]
+            self._watch = watch(params, [self.state[p] for p in params], [s.layer for s in self._slots], owners)
         return value
+
+    def _repeat(self, addresses: list[int], versions: list[int]) -> None:
+        """Take a step like the last one, where only gradients and numbers differ."""
+        plan, rule = self._plan, self._current_rule
+        if rule.penalty:
+            self._know_moments(plan, rule, versions)
+        lam = self._regularizer.lam if rule.penalty else 0.0
+        plan.repeat(
+            addresses, self.param_groups, lam, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        )
+        if rule.penalty:
+            if rule.penalty.family is None:
+                with torch.no_grad():
+                    self._complete(plan, rule)
+            self._versions = [version + 1 for version in versions]
+
+    def _know_moments(self, plan: Any, rule: Rule, versions: list[int]) -> None:
+        """Take the moments of the penalised weights where they may not be what the last step left behind."""
+        self._look_for_changes()
+        if self._versions != versions:
+            with torch.no_grad():
+                plan.take_moments()
+                self._complete(plan, rule)
+            self._versions = versions
 
     def _appeared(self, grads: Sequence[Tensor | None]) -> bool:
         """Tell whether a parameter that was left out has a gradient now."""
@@ -392,7 +425,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 )
 
     def _versions_now(self) -> list[int]:
-        return [s.weight._version for s in self._slots if s.layer >= 0]
+        return list(map(_version, self._penalised))
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Return stats and coefficients of the penalised weights, on the torch path."""
@@ -433,7 +466,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # --- saving and loading ------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_slots", "_plan", "_prepared", "_versions", "_current_rule")
+        left_out = ("_slots", "_plan", "_prepared", "_watch", "_versions", "_current_rule", "_penalised")
         own = {k: v for k, v in self.__dict__.items() if k.startswith("_") and k not in left_out}
         own = {k: v for k, v in own.items() if not k.startswith(("_optimizer_", "_zero_grad", "_warned"))}
         return {**super().__getstate__(), **own}

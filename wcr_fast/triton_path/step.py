@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,11 @@ def _settings(group: dict[str, Any], rule: Rule, device: torch.device, flag: int
     return tuple(float(v) for v in values.values()), (*addresses, flag)
 
 
+def _numbers(groups: Sequence[dict[str, Any]], default: Any) -> list[Any]:
+    """Return the options of all groups as they are, to be compared by identity."""
+    return [value for group in groups for name, value in group.items() if name != "params"] + [default]
+
+
 @dataclass
 class _Device:
     """What the launches on one device share: the groups' settings, and the moments of the weights as they are."""
@@ -60,6 +66,7 @@ class _Device:
     stats: Tensor  # float64 [4, layers]
     coef: Tensor  # float64 [3, layers]
     flag: Tensor  # int64 [1] in host memory that the device can write: 1 + a layer whose weights changed, or 0
+    flag_seen: np.ndarray  # the same memory, for a look without torch
     settings: Tensor | None = None
     addresses: Tensor | None = None
     sent: tuple | None = None
@@ -88,9 +95,14 @@ class _Launch:
     constants: dict[str, Any]
     grad_dtype: torch.dtype
     weights: list[Tensor]  # dense: a weight with gaps is copied here before the launch, and back after it
-    sent: tuple | None = None
+    sent: list[int] | None = None
     grad_addrs: Tensor | None = None
     copies: list[Tensor] = field(default_factory=list)
+
+    def send(self, addresses: list[int]) -> None:
+        """Bring the gradients' addresses up to date on the device."""
+        self.grad_addrs = send(np.array(addresses, dtype=np.int64), self.on.device, self.grad_addrs)
+        self.sent = addresses
 
 
 class StepPlan:
@@ -100,6 +112,7 @@ class StepPlan:
         self.slots, self.rule = slots, rule
         self.devices: dict[torch.device, _Device] = {}
         self.launches: list[_Launch] = []
+        self._seen: list[Any] = []
         kinds: dict[tuple, list[int]] = {}
         for i, (slot, grad) in enumerate(zip(slots, grads, strict=True)):
             if slot.weight.numel():
@@ -122,8 +135,8 @@ class StepPlan:
         if on is None:
             layers = rule.penalty.layers if rule.penalty else 0
             both = torch.zeros((7, layers), dtype=torch.float64, device=device)
-            flag = torch.zeros(1, dtype=torch.int64)
-            on = _Device(device, both[:4], both[4:], flag.pin_memory() if device.type == "cuda" else flag)
+            flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+            on = _Device(device, both[:4], both[4:], flag, flag.numpy())
             self.devices[device] = on
         weights = [_dense(slot.weight) for slot in slots]
         table = build_table(weights, [s.layer for s in slots], CHUNK, extra=[self._columns(s) for s in slots])
@@ -208,10 +221,10 @@ class StepPlan:
     def changed_layer(self) -> int | None:
         """Return a layer whose weights were found changed by an earlier step, once; no synchronisation."""
         for on in self.devices.values():
-            found = int(on.flag)
+            found = on.flag_seen[0]
             if found:
-                on.flag.zero_()
-                return found - 1
+                on.flag_seen[0] = 0
+                return int(found) - 1
         return None
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
@@ -224,33 +237,67 @@ class StepPlan:
         """Step every slot with a gradient, or with a penalty; the weights' moments must be known."""
         for on in self.devices.values():
             on.send(step.groups, self.rule)
+        self._seen = []
         for launch in self.launches:
             self._copy_in(launch)
             self._send_gradients(launch, step)
-            device = launch.on.device
-            scale, overflow = (None if t is None else t.to(device) for t in (step.grad_scale, step.found_inf))
-            chosen = launch.constants
-            if scale is not None or overflow is not None:
-                chosen = {**chosen, "SCALED": scale is not None, "SKIPPABLE": overflow is not None}
-            with on_device(device):
-                launch_step(
-                    launch.table.rows,
-                    launch.table.block_to_tensor,
-                    launch.grad_addrs,
-                    launch.on.settings,
-                    launch.on.addresses,
-                    launch.partials,
-                    launch.counters,
-                    launch.on.stats,
-                    launch.on.coef,
-                    scale,
-                    overflow,
-                    dtype=launch.table.dtype,
-                    constants=chosen,
-                )
+            self._launch(launch, step.grad_scale, step.found_inf)
             for i, weight in zip(launch.places, launch.weights, strict=True):
                 if weight is not self.slots[i].weight:
                     self.slots[i].weight.detach().copy_(weight)
+
+    def _launch(self, launch: _Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        device, chosen = launch.on.device, launch.constants
+        if grad_scale is not None or found_inf is not None:
+            grad_scale, found_inf = (None if t is None else t.to(device) for t in (grad_scale, found_inf))
+            chosen = {**chosen, "SCALED": grad_scale is not None, "SKIPPABLE": found_inf is not None}
+        with on_device(device):
+            launch_step(
+                launch.table.rows,
+                launch.table.block_to_tensor,
+                launch.grad_addrs,
+                launch.on.settings,
+                launch.on.addresses,
+                launch.partials,
+                launch.counters,
+                launch.on.stats,
+                launch.on.coef,
+                grad_scale,
+                found_inf,
+                dtype=launch.table.dtype,
+                constants=chosen,
+            )
+
+    @property
+    def repeatable(self) -> bool:
+        """Tell whether the last run stepped every slot where its arrays lie, by gradients laid out as they are."""
+        stepped = sum(len(launch.places) for launch in self.launches if not launch.copies)
+        return stepped == len(self.slots) and all(
+            weight is self.slots[i].weight
+            for launch in self.launches
+            for i, weight in zip(launch.places, launch.weights, strict=True)
+        )
+
+    def repeat(
+        self,
+        addresses: list[int],
+        groups: Sequence[dict[str, Any]],
+        default_lam: float | Tensor,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Step all slots by the gradients at these addresses; everything else is as it was at the last run."""
+        numbers = _numbers(groups, default_lam)
+        if len(numbers) != len(self._seen) or not all(map(is_, numbers, self._seen)):
+            filled = [{**g, "lam": default_lam if g["lam"] is None else g["lam"]} for g in groups]
+            for on in self.devices.values():
+                on.send(filled, self.rule)
+            self._seen = numbers
+        for launch in self.launches:
+            here = addresses if len(self.launches) == 1 else [addresses[i] for i in launch.places]
+            if here != launch.sent:
+                launch.send(here)
+            self._launch(launch, grad_scale, found_inf)
 
     def _copy_in(self, launch: _Launch) -> None:
         for i, weight in zip(launch.places, launch.weights, strict=True):
@@ -272,10 +319,8 @@ class StepPlan:
                 grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad.detach())
                 launch.copies.append(grad)
             pointers.append(grad.data_ptr())
-        found = tuple(pointers)
-        if found != launch.sent:
-            launch.grad_addrs = send(np.array(pointers, dtype=np.int64), launch.on.device, launch.grad_addrs)
-            launch.sent = found
+        if pointers != launch.sent:
+            launch.send(pointers)
 
 
 def _dense(weight: Tensor) -> Tensor:
