@@ -175,7 +175,8 @@ class Variant:
     signature: dict[str, str]
     constants: dict[str, Any]
     warps: int
-    streams: int = 1  # arrays that the full-chunk path reads, in 128-bit loads; 0 for kernels without that path
+    # Bytes that the full-chunk path reads per element, in 128-bit loads, over those of DTYPE; 0 without that path.
+    streams: float = 1
     essential: bool = True  # False where another variant has the same loops: the full list compiles it, tests don't
     bytes_per_element: float | None = None  # that the op moves: the budget; None without a full-chunk path to count
     options: dict[str, Any] = field(default_factory=lambda: dict(OPTIONS))

@@ -460,7 +460,17 @@ def variants() -> list[Variant]:
             # A family is a few instructions at the very end: the two longest formulas stand for all.
             essential = (smooth and family in ("wcr", "log")) or not smooth
             warps = config("moments", dtype).warps
-            listed.append(Variant(_moments_kernel, label, signature, constants, warps, essential=essential))
+            listed.append(
+                Variant(
+                    _moments_kernel,
+                    label,
+                    signature,
+                    constants,
+                    warps,
+                    essential=essential,
+                    bytes_per_element=dtype.itemsize,
+                )
+            )
         signature = {**tables, "grad_addrs_ptr": "*i64", "stats_ptr": "*fp64", "coef_ptr": "*fp64"}
         signature |= {"lam_ptr": "*fp32", "lam_high": "fp32", "lam_low": "fp32"}
         signature |= {**dict.fromkeys(pairs, "fp32"), "num_layers": "i32"}
@@ -472,5 +482,8 @@ def variants() -> list[Variant]:
             label = f"{name} {'add' if accumulate else 'write'} {'smooth' if smooth else 'r=0, lam tensor'}"
             constants = _gradient_constants(dtype, smooth, accumulate, lam_tensor)
             warps, streams = config("gradient", dtype).warps, 2 if accumulate else 1
-            listed.append(Variant(_gradient_kernel, label, signature, constants, warps, streams))
+            moved = (streams + 1) * dtype.itemsize
+            listed.append(
+                Variant(_gradient_kernel, label, signature, constants, warps, streams, bytes_per_element=moved)
+            )
     return listed

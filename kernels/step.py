@@ -32,7 +32,7 @@ from ._tile import (
     narrow,
     wide,
 )
-from .launch import CHUNK, TRITON_DTYPES, config, launch
+from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
 from .moments import add_moments, close_moments, finish_layer, open_moments
 
 _CHUNK = tl.constexpr(CHUNK)
@@ -568,3 +568,66 @@ def launch_step(
         stats.shape[1],
     )
     launch(_step_kernel, block_to_tensor.numel(), args, constants, config("step", dtype).options())
+
+
+_SIGNATURE = {
+    **dict.fromkeys(("rows_ptr", "grad_addrs_ptr", "addresses_ptr"), "*i64"),
+    **dict.fromkeys(("block_to_tensor_ptr", "counters_ptr"), "*i32"),
+    **dict.fromkeys(("settings_ptr", "partials_ptr", "stats_ptr", "coef_ptr"), "*fp64"),
+    **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
+    "num_layers": "i32",
+}
+
+
+def _moved(constants: dict) -> tuple[float, float]:
+    """Return the bytes that the full-chunk path reads per weight, and those it reads and writes."""
+    weight, grad, state = (constants[name].primitive_bitwidth // 8 for name in ("DTYPE", "GRAD", "STATE"))
+    arrays = 2 + constants["AMSGRAD"] if constants["ALGORITHM"] == "adamw" else int(constants["MOMENTUM"])
+    master = {None: 0, "float32": 4, "remainder": 2}[constants["MASTER"]]
+    read = weight + grad + arrays * state + master
+    return read, read + weight + arrays * state + master + 0.125 * constants["MASK"]
+
+
+def variants() -> list[Variant]:
+    """Return the forms of the step that the code generation check compiles."""
+    wcr = {"penalty": "coupled", "family": "wcr"}
+    kept = {"state": torch.float32}
+    forms = [
+        (torch.float32, "plain", {}),
+        (torch.float32, "wcr", wcr),
+        (torch.float32, "wcr, mask", {**wcr, "mask": True}),
+        (torch.bfloat16, "wcr", wcr),
+        (torch.bfloat16, "wcr, float32 state", {**wcr, **kept}),
+        (torch.bfloat16, "wcr, float32 state, mask", {**wcr, **kept, "mask": True}),
+        (torch.bfloat16, "wcr, float32 master", {**wcr, **kept, "master": "float32"}),
+        (torch.bfloat16, "wcr, remainder", {**wcr, **kept, "master": "remainder"}),
+        (torch.bfloat16, "wcr, stochastic", {**wcr, **kept, "stochastic": True}),
+        (torch.float16, "wcr, float32 master, scaled", {**wcr, **kept, "master": "float32", "scaled": True}),
+        (torch.float64, "wcr", wcr),
+    ]
+    only = {
+        "sgd": [(torch.float32, "no momentum, l1 r=0", {"momentum": False, **wcr, "family": "l1", "smooth": False})],
+        "adamw": [
+            (torch.float32, "decoupled log", {"penalty": "decoupled", "family": "log"}),
+            (torch.float32, "amsgrad, scaled", {**wcr, "amsgrad": True, "scaled": True, "skippable": True}),
+        ],
+    }
+    listed = []
+    for algorithm in ("sgd", "adamw"):
+        for dtype, label, options in forms + only[algorithm]:
+            chosen = constants(algorithm, dtype, **options)
+            read, moved = _moved(chosen)
+            listed.append(
+                Variant(
+                    _step_kernel,
+                    f"{algorithm} {str(dtype).removeprefix('torch.')} {label}",
+                    _SIGNATURE,
+                    chosen,
+                    config("step", dtype).warps,
+                    read / dtype.itemsize,
+                    # The tests compile what every user runs; each form takes seconds.
+                    essential=label in ("wcr, mask", "wcr, float32 state, mask"),
+                    bytes_per_element=moved,
+                )
+            )
+    return listed
