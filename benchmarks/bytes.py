@@ -1,0 +1,276 @@
+"""Bytes per weight that each op moves: ``python -m benchmarks.bytes [--resnet18] [--json] [--out FILE]``; needs no GPU.
+
+Kernels run in Triton's interpreter, where every load, store and atomic operation is counted: active lanes times item
+size, an atomic operation as a read and a write. "data" is what lies in the op's own arrays (weights, gradients, states,
+mask bits), "rest" everything else: tables, moments, partial sums. What a cache would save is not subtracted.
+
+The exit code is 1 when an op moves more than 2 % above its floor; histogram passes and the count of ties, which later
+work is to remove or merge, are printed only. ``--resnet18`` adds that network's list for information, in a quarter of
+an hour: its small tensors pay for their tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+# Triton reads this when a kernel is defined.
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor, nn
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+import wcr_fast
+from benchmarks.shapes import Shape, make, resnet18
+from wcr_fast import optim
+from wcr_fast.machine import describe_machine
+from wcr_fast.report.files import write_file
+from wcr_fast.torch_path.bits import num_words
+
+SCHEMA = "wcr-fast/bytes/1"
+TOLERANCE = 0.02
+DTYPES = (torch.float32, torch.bfloat16)
+RULE, R = ("wcr", 1e-8), 1e-8
+
+# The builder's method -> where it takes the addresses and the mask, and how often each byte crosses the bus.
+_ACCESSES = {
+    "create_masked_load": (0, 1, 1),
+    "create_masked_store": (0, 2, 1),
+    "create_atomic_rmw": (1, 3, 2),
+    "create_atomic_cas": (0, None, 2),
+}
+
+
+class Counter:
+    """Bytes that interpreted kernels move: by kernel, in the given tensors' memory ("data") and elsewhere ("rest")."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
+        self._starts, self._ends = (np.array(side, dtype=np.uint64) for side in zip(*spans, strict=True))
+        self.bytes: dict[str, dict[str, int]] = defaultdict(lambda: {"data": 0, "rest": 0})
+        self._kernel = ""
+
+    def add(self, pointers: Any, mask: Any, times: int) -> None:
+        """Count one access by a block of addresses."""
+        item = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = np.asarray(pointers.data, dtype=np.uint64)
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(np.asarray(mask.data, dtype=bool), addresses.shape)]
+        span = np.searchsorted(self._starts, addresses, side="right")
+        inside = int(((span > 0) & (addresses < self._ends[np.maximum(span, 1) - 1])).sum())
+        counts = self.bytes[self._kernel]
+        counts["data"] += times * item * inside
+        counts["rest"] += times * item * (addresses.size - inside)
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what the kernels do inside the block."""
+        with contextlib.ExitStack() as stack:
+            for name, (place, mask_place, times) in _ACCESSES.items():
+                method = getattr(InterpreterBuilder, name)
+
+                def counted(builder, *args, _call=method, _place=place, _mask=mask_place, _times=times):
+                    self.add(args[_place], None if _mask is None else args[_mask], _times)
+                    return _call(builder, *args)
+
+                stack.enter_context(mock.patch.object(InterpreterBuilder, name, counted))
+            launch = GridExecutor.__call__
+
+            def named(executor, *args, **kwargs):
+                self._kernel = executor.fn.__name__
+                return launch(executor, *args, **kwargs)
+
+            stack.enter_context(mock.patch.object(GridExecutor, "__call__", named))
+            yield
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel of an op moves, in bytes per weight."""
+
+    op: str
+    kernel: str
+    list: str
+    dtype: str
+    weights: int
+    data: float
+    rest: float
+    floor: float
+    gated: bool
+
+    @property
+    def above(self) -> float:
+        """How far the op is above its floor, as a share of it."""
+        return (self.data + self.rest) / self.floor - 1.0
+
+    @property
+    def fails(self) -> bool:
+        return self.gated and self.above > TOLERANCE
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op to count: ``prepare(shapes, dtype)`` returns its call and its own arrays."""
+
+    name: str
+    floors: dict[str, Callable[[int], float]]  # kernel -> bytes per weight, from the weights' item size
+    prepare: Callable[[Sequence[Shape], torch.dtype], tuple[Callable[[], object], list[Tensor]]]
+    gated: bool = True
+
+
+def _moments(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+    from wcr_fast.triton_path.moments import layer_moments
+
+    weights = make(shapes, dtype=dtype)
+    return lambda: layer_moments(weights, R, RULE), weights
+
+
+def _gradient(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+    from wcr_fast.triton_path.moments import add_grad_, layer_moments
+
+    weights = make(shapes, dtype=dtype)
+    grads = [torch.zeros_like(w) for w in weights]
+    stats, coef = layer_moments(weights, R, RULE)
+    return lambda: add_grad_(grads, weights, stats, coef, 1e-5, R), [*weights, *grads]
+
+
+def _step(kind: str, *, penalty: str | None = "wcr", masked: bool = False) -> Callable:
+    def prepare(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+        params = [nn.Parameter(w) for w in make(shapes, dtype=dtype)]
+        options = {"momentum": 0.9} if kind == "SGD" else {}
+        optimizer = getattr(optim, kind)(params, lr=1e-3, penalty=penalty, **options)
+        words = [torch.full((num_words(p.numel()),), -1, dtype=torch.int32) for p in params] if masked else []
+        for p, bits in zip(params, words, strict=False):
+            optimizer._set_mask(p, bits)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()  # leaves states and moments behind
+        states = [t for p in params for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.dim()]
+        return optimizer.step, [*params, *(p.grad for p in params), *states, *words]
+
+    return prepare
+
+
+def _mask(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+    from wcr_fast.triton_path.select import apply, find_cuts
+
+    weights = make(shapes, dtype=dtype)
+    cuts = find_cuts(weights, [[sum(w.numel() for w in weights) // 2]])
+    return lambda: apply(weights, cuts), weights
+
+
+def _nm(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+    from wcr_fast.triton_path.select import apply_nm
+
+    weights = make(shapes, dtype=dtype)
+    return lambda: apply_nm([w.view(len(w), -1)[:, : w[0].numel() // 4 * 4] for w in weights], 2, 4), weights
+
+
+def _threshold(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+    from wcr_fast.triton_path.select import find_cuts
+
+    weights = make(shapes, dtype=dtype)
+    return lambda: find_cuts(weights, [[sum(w.numel() for w in weights) // 2]]), weights
+
+
+def _arrays(count: int, bits: float = 0.0) -> Callable[[int], float]:
+    return lambda item: count * item + bits
+
+
+OPS = (
+    Op("moments", {"_moments_kernel": _arrays(1)}, _moments),
+    Op("gradient", {"_gradient_kernel": _arrays(3)}, _gradient),
+    Op("SGD + penalty", {"_step_kernel": _arrays(5)}, _step("SGD")),
+    Op("AdamW + penalty", {"_step_kernel": _arrays(7)}, _step("AdamW")),
+    Op("SGD + penalty + mask bits", {"_step_kernel": _arrays(5, 0.125)}, _step("SGD", masked=True)),
+    Op("AdamW + penalty + mask bits", {"_step_kernel": _arrays(7, 0.125)}, _step("AdamW", masked=True)),
+    Op("mask in place", {"_mask_kernel": _arrays(2), "_ties_kernel": _arrays(1)}, _mask, gated=False),
+    Op("2:4 in place", {"_nm_kernel": _arrays(2)}, _nm, gated=False),
+    Op("threshold", {"_histogram_kernel": _arrays(1)}, _threshold, gated=False),
+)
+# What a launch moves besides grows with chunks and tensors: 32 chunks of one tensor show it as any long list does.
+LARGE = [(1024, 1024)]
+
+
+def count(op: Op, name: str, shapes: Sequence[Shape], dtype: torch.dtype) -> list[Row]:
+    """Run an op in the interpreter and return what its kernels moved."""
+    with wcr_fast.backend("triton"), torch.no_grad():
+        call, arrays = op.prepare(shapes, dtype)
+        counter = Counter(arrays)
+        with counter.counting():
+            call()
+    weights = sum(torch.Size(shape).numel() for shape in shapes)
+    label = str(dtype).removeprefix("torch.")
+    rows = []
+    for kernel, found in counter.bytes.items():
+        if kernel in op.floors:
+            per = (found["data"] / weights, found["rest"] / weights)
+            floor = op.floors[kernel](dtype.itemsize)
+            rows.append(Row(op.name, kernel, name, label, weights, *per, floor, op.gated and name != "resnet18"))
+    return rows
+
+
+def text_of(rows: Sequence[Row]) -> str:
+    """Return the rows as a table."""
+    lines = [f"{'op':28} {'kernel':18} {'list':9} {'dtype':9} {'data':>8} {'rest':>8} {'floor':>8} {'above':>8}"]
+    for r in rows:
+        remark = "  too many" if r.fails else "" if r.gated else "  (not a bound)"
+        line = f"{r.op:28} {r.kernel:18} {r.list:9} {r.dtype:9} {r.data:8.3f} {r.rest:8.3f} {r.floor:8.3f}"
+        lines.append(f"{line} {r.above:8.2%}{remark}")
+    return "\n".join(lines)
+
+
+def record_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the rows as a record."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.date.today().isoformat(),
+        "counted": "in Triton's interpreter, without a GPU",
+        "tolerance": TOLERANCE,
+        "machine": {**describe_machine(), "triton": triton.__version__},
+        "rows": [{**asdict(row), "above": round(row.above, 5)} for row in rows],
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Count, print, and return 1 where an op moves too much."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bytes", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the record instead of the table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record there too")
+    parser.add_argument("--only", default="", metavar="WORD", help="only ops with this in their name")
+    parser.add_argument("--resnet18", action="store_true", help="add ResNet-18's weights")
+    args = parser.parse_args(arguments)
+    lists = {"1 M": LARGE, "resnet18": resnet18()} if args.resnet18 else {"1 M": LARGE}
+    rows = [
+        row
+        for name, shapes in lists.items()
+        for op in OPS
+        if args.only in op.name
+        for dtype in DTYPES
+        for row in count(op, name, shapes, dtype)
+    ]
+    record = json.dumps(record_of(rows), indent=1)
+    print(record if args.json else text_of(rows))
+    if args.out:
+        write_file(args.out, (record + "\n").encode())
+    failed = [r for r in rows if r.fails]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} move more than {TOLERANCE:.0%} above their floor", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
