@@ -26,6 +26,7 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "bench": ["matplotlib>=3.8", "pytest-benchmark>=5"],
         "test": [
             *DEMO,
             "pytest>=8",

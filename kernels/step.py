@@ -628,6 +628,7 @@ def variants() -> list[Variant]:
                     # The tests compile what every user runs; each form takes seconds.
                     essential=label in ("wcr, mask", "wcr, float32 state, mask"),
                     bytes_per_element=moved,
+                    options=config("step", dtype).options(),
                 )
             )
     return listed

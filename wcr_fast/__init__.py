@@ -1,10 +1,13 @@
 """Fast and exact weight-concentration penalties and magnitude pruning for PyTorch."""
 
+from wcr_fast import optim
 from wcr_fast.backend import backend
 from wcr_fast.ops.moments import concentration_penalty, layer_moments
 from wcr_fast.pruning import (
+    Masks,
     PruneRecord,
     PruningCurve,
+    load_exported,
     magnitude_masks,
     magnitude_threshold,
     prune_,
@@ -27,6 +30,7 @@ __all__ = [
     "WCR",
     "HoyerSquare",
     "LogConcentration",
+    "Masks",
     "PruneRecord",
     "PruningCurve",
     "Regularizer",
@@ -34,8 +38,10 @@ __all__ = [
     "backend",
     "concentration_penalty",
     "layer_moments",
+    "load_exported",
     "magnitude_masks",
     "magnitude_threshold",
+    "optim",
     "prune_",
     "pruning_curve",
     "recalibrate_batchnorm",
