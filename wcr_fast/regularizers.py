@@ -27,6 +27,7 @@ from wcr_fast.ops.moments import (
     result_dtype,
     stats_of,
 )
+from wcr_fast.ops.sharded import aligned, is_sharded, local
 from wcr_fast.table import pointers, upload
 from wcr_fast.weights import Choice, Exclude, Weights, as_weights, choose
 
@@ -90,9 +91,9 @@ class Regularizer:
         self.r = check_smoothing(name, self.default_r if r is None else r)
         self.lam = self.default_lam if lam is None else lam
         if isinstance(model, nn.Module):
-            self._choice = choose(model, exclude=exclude, trainable=True)
+            self._choice = choose(model, exclude=exclude, trainable=True, sharded=True)
         else:
-            listed = as_weights(model, op=name, exclude=exclude)
+            listed = as_weights(model, op=name, exclude=exclude, sharded=True)
             self._choice = Choice([w for w in listed if w.param.numel() > 0])
         if not self._choice.weights:
             left = "; ".join(f"{n}: {why}" for n, why in self._choice.left_out[:8])
@@ -154,7 +155,7 @@ class Regularizer:
     def _refuse_twice(self) -> None:
         seen: dict[tuple, str] = {}
         for weight in self._choice.weights:
-            key = (weight.param.device, weight.param.data_ptr())
+            key = (weight.param.device, local(weight.param).data_ptr())
             if key in seen and key[1] != 0:
                 raise ValueError(
                     f"{type(self).__name__}: {seen[key]} and {weight.label()} are the same weights; pass each once"
@@ -259,6 +260,8 @@ class Regularizer:
             elif param.grad.layout != torch.strided:
                 name = self._choice.weights[i].name
                 raise TypeError(f"{type(self).__name__}: the gradient of {name} is sparse; use sparse=False there")
+            elif is_sharded(param.grad):
+                param.grad = aligned(param.grad, param)
         tensors, grads = [p.detach() for p in params], [p.grad for p in params]
         # N is the whole regularizer's: the kernels know only the list they are given.
         rule = (self.family, self.eps) if self.family and len(indices) == len(self._numels) else None

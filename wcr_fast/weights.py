@@ -26,6 +26,7 @@ class Weight:
     in_dim: int = -1
     owner: tuple[nn.Module, str] | None = None
     groups: int = 1  # of a transposed convolution: inputs and outputs fall into so many independent parts
+    sharded: bool = False  # it may be a DTensor, or become one
 
     def current(self) -> Tensor:
         """Return the module's parameter as it is now: it may have been replaced since the choice."""
@@ -36,7 +37,7 @@ class Weight:
         if param is None:
             raise RuntimeError(f"{self.name} is no longer a parameter of its module: choose the weights again")
         if param is not self.param:
-            check_plain(param, self.name)
+            check_plain(param, self.name, sharded=self.sharded)
             if param.numel() != self.param.numel():
                 raise RuntimeError(
                     f"{self.name} was replaced by a parameter of another size, {tuple(param.shape)}: choose again"
@@ -154,7 +155,7 @@ def _unfit(module: nn.Module, param: Tensor, trainable: bool) -> str | None:
     return None
 
 
-def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False) -> Choice:
+def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False, sharded: bool = False) -> Choice:
     """Choose a module's weights: floating point, two or more dimensions, not of a normalisation module.
 
     Args:
@@ -162,6 +163,7 @@ def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False) 
         exclude: glob patterns over parameter or module names, ``"re:..."`` for regular expressions (full
             match), module types, or functions of (name, parameter); one of them or several.
         trainable: also ask for ``requires_grad`` (penalties do, pruning doesn't).
+        sharded: take DTensors too (penalties do, pruning doesn't).
 
     Returns:
         The choice, in the order of ``model.named_parameters()``.
@@ -190,20 +192,21 @@ def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False) 
         reasons = [excluder.reason(name, around(name), param) for name in names]
         reason = next((r for r in reasons if r), None)
         if reason is None:
-            check_plain(param, names[0])
+            check_plain(param, names[0], sharded=sharded)
         reason = reason or next((r for _, module, _ in uses if (r := _unfit(module, param, trainable))), None)
         if reason:
             choice.left_out.append((" = ".join(names), reason))
         else:
             out_dim, in_dim = _dims(uses[0][1], param)
             owner = (uses[0][1], uses[0][0].rpartition(".")[2])
-            choice.weights.append(Weight(names[0], param, names, out_dim, in_dim, owner, _groups(uses[0][1])))
+            groups = _groups(uses[0][1])
+            choice.weights.append(Weight(names[0], param, names, out_dim, in_dim, owner, groups, sharded))
     excluder.check_all_matched(known)
     return choice
 
 
-def check_plain(tensor: Tensor, name: str) -> None:
-    """Raise when a tensor is not a plain dense tensor with its values at hand."""
+def check_plain(tensor: Tensor, name: str, *, sharded: bool = False) -> None:
+    """Raise when a tensor is not a plain dense tensor (or, if so asked, a DTensor) with its values at hand."""
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
         raise ValueError(f"{name} is not initialised yet: run one batch through the lazy module first")
     if hasattr(tensor, "ds_id") or type(tensor).__name__ == "FlatParameter":
@@ -212,19 +215,26 @@ def check_plain(tensor: Tensor, name: str) -> None:
             "gather the parameters first, or use FSDP2"
         )
     if hasattr(tensor, "device_mesh"):
+        if sharded:
+            partial = next((p for p in tensor.placements if p.is_partial()), None)
+            if partial is None:
+                return
+            raise TypeError(f"{name} is a DTensor with placement {partial}, sums still to be made: redistribute it")
         raise TypeError(f"{name} is a DTensor: sharded parameters are not supported yet; pass full tensors")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: only dense (strided) tensors are supported")
 
 
-def as_weights(weights: Weights, *, op: str, exclude: Exclude = (), trainable: bool = False) -> list[Weight]:
+def as_weights(
+    weights: Weights, *, op: str, exclude: Exclude = (), trainable: bool = False, sharded: bool = False
+) -> list[Weight]:
     """Turn a tensor, a module or an iterable of tensors into a list of weights.
 
     A module is filtered by :func:`choose`; tensors are taken literally and named by their position.
     Raises TypeError for anything that isn't a real floating-point tensor, naming op and position.
     """
     if isinstance(weights, nn.Module):
-        return choose(weights, exclude=exclude, trainable=trainable).weights
+        return choose(weights, exclude=exclude, trainable=trainable, sharded=sharded).weights
     if Excluder(exclude):
         raise ValueError(f"{op}: exclude needs a module; leave the tensors out of the list instead")
     single = isinstance(weights, Tensor)
@@ -237,8 +247,8 @@ def as_weights(weights: Weights, *, op: str, exclude: Exclude = (), trainable: b
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-        check_plain(tensor, f"{op}: {name}")
-        listed.append(Weight(name, tensor, (name,), *tensor_dims(tensor)))
+        check_plain(tensor, f"{op}: {name}", sharded=sharded)
+        listed.append(Weight(name, tensor, (name,), *tensor_dims(tensor), sharded=sharded))
     if not torch.compiler.is_compiling():
         _warn_about_biases(listed, op)
     return listed

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from wcr_fast.backend import active_backend, backend, use_triton
+from wcr_fast.ops.sharded import is_sharded, like, local, local_coef, merged_stats
 from wcr_fast.weights import Weights, as_weights
 
 if TYPE_CHECKING:
@@ -157,8 +159,32 @@ def check_smoothing(op: str, r: float) -> float:
     return number
 
 
+class _ShardedMoments(torch.autograd.Function):
+    """Moments of whole layers from local shards, all the same on every rank; backward has nothing to send."""
+
+    @staticmethod
+    def forward(ctx: Any, r: float, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        stats, _ = stats_of(tensors, r)
+        ctx.r, ctx.backend = r, active_backend()
+        ctx.save_for_backward(stats, *tensors)
+        mean, var = stats[:2].to(result_dtype(tensors)).unbind()
+        return mean.clone(), var.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+        stats, *tensors = ctx.saved_tensors
+        coef = torch.stack([torch.zeros_like(stats[0]), grad_mean.to(stats.dtype), grad_var.to(stats.dtype)])
+        shards = [local(t).detach() for t in tensors]
+        with backend(ctx.backend):
+            grads = path_for(shards).grads(shards, stats, local_coef(coef, tensors), ctx.r)
+        return None, *(like(grad, t) for grad, t in zip(grads, tensors, strict=True))
+
+
 def moments_of(tensors: Sequence[Tensor], r: float) -> tuple[Tensor, Tensor]:
-    """Return (mean, var) of a non-empty list of checked tensors, differentiable twice."""
+    """Return (mean, var) of a non-empty list of checked tensors, differentiable twice (once with DTensors)."""
+    if any(map(is_sharded, tensors)):
+        return _ShardedMoments.apply(r, *tensors)
     mean, var, _ = torch.ops.wcr_fast.layer_moments(list(tensors), r)
     return mean, var
 
@@ -166,7 +192,13 @@ def moments_of(tensors: Sequence[Tensor], r: float) -> tuple[Tensor, Tensor]:
 def stats_of(
     tensors: Sequence[Tensor], r: float, rule: tuple[str, float] | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the stats [4, L] of a list, and the rule's coefficients [3, L] where they come with the same launch."""
+    """Return the stats [4, L] of a list, and the rule's coefficients [3, L] where they come with the same launch.
+
+    Of DTensors they are the whole layers', the same on every rank.
+    """
+    if any(map(is_sharded, tensors)):
+        shards = [local(t).detach() for t in tensors]
+        return merged_stats(path_for(shards).layer_moments(shards, r)[0], tensors), None
     if torch.compiler.is_compiling():
         return torch.ops.wcr_fast.layer_moments(list(tensors), r)[2], None
     return path_for(tensors).layer_moments(tensors, r, rule)
@@ -184,12 +216,17 @@ def add_grad_(
     if torch.compiler.is_compiling():
         lam = torch.as_tensor(lam, dtype=stats.dtype, device=stats.device)
         torch.ops.wcr_fast.add_moments_grad_(list(grads), list(weights), stats, coef, lam, r)
+    elif any(map(is_sharded, weights)):
+        shards = [local(w).detach() for w in weights]
+        _add_grad([local(g) for g in grads], shards, stats, local_coef(coef, weights), lam, r)
     else:
         _add_grad(grads, weights, stats, coef, lam, r)
 
 
 def plan_of(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> GradPlan | None:
     """Return a plan for adding the gradient to these lists again and again, or None where there is no faster way."""
+    if any(map(is_sharded, weights)):
+        return None
     path = path_for(weights)
     return path.grad_plan(weights, grads) if hasattr(path, "grad_plan") else None
 

@@ -22,20 +22,39 @@ def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
 
 
-def shard_groups(tensor: Any) -> tuple[Any, ...]:
-    """Return the process groups over which a DTensor is cut, one per mesh dimension with shards.
+def like(shard: Tensor, tensor: Tensor) -> Tensor:
+    """Return a shard as a DTensor cut like another one; as it is where that is a plain tensor."""
+    if not is_sharded(tensor):
+        return shard
+    from torch.distributed.tensor import DTensor
 
-    Raises TypeError for a partial placement: its values are sums still to be made.
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def shard_groups(tensor: Any) -> tuple[Any, ...]:
+    """Return the process groups over which a DTensor is cut, one per mesh dimension with shards; () for others.
+
+    Replicas hold the same elements and count once.
     """
     if not is_sharded(tensor):
         return ()
-    groups = []
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            raise TypeError(f"a DTensor with placement {placement} holds partial sums: redistribute it first")
-        if placement.is_shard() and tensor.device_mesh.size(dim) > 1:
-            groups.append(tensor.device_mesh.get_group(dim))
-    return tuple(groups)
+    mesh = tensor.device_mesh
+    cut = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return tuple(mesh.get_group(dim) for dim in cut if mesh.size(dim) > 1)
+
+
+def aligned(grad: Tensor, param: Tensor) -> Tensor:
+    """Return a gradient cut as its parameter is; partial sums are summed (a collective, where anything is to do)."""
+    if is_sharded(grad) and grad.placements != param.placements:
+        return grad.redistribute(param.device_mesh, param.placements)
+    return grad
+
+
+def local_coef(coef: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Return coefficients of whole layers for whoever divides them by the number of a shard's elements."""
+    shares = [local(p).numel() / max(p.numel(), 1) for p in params]
+    return torch.cat([coef[:1], coef[1:] * torch.tensor(shares, dtype=torch.float64).to(coef)])
 
 
 def merged_stats(stats: Tensor, params: Sequence[Tensor]) -> Tensor:
