@@ -19,7 +19,7 @@ from torch import Tensor
 from wcr_fast import regularizers
 from wcr_fast.backend import active_backend, use_triton
 from wcr_fast.ops.moments import stats_of
-from wcr_fast.ops.sharded import is_sharded, local, merged_stats
+from wcr_fast.ops.sharded import aligned, is_sharded, local, merged_stats
 from wcr_fast.optim.watch import Watch, watch
 from wcr_fast.regularizers import Regularizer
 from wcr_fast.slots import STATE_NAMES, Penalty, Rule, Slot, Step
@@ -341,7 +341,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not slots:
             return None
         step = Step(
-            [None if g is None else local(g) for g in (grads[s.order] for s in slots)],
+            [None if g is None else local(aligned(g, s.param)) for s in slots for g in (grads[s.order],)],
             self._groups_now(),
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -355,7 +355,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if with_value and coef is not None:
                 value = self._value(coef, step)
             step_(slots, rule, step, stats, coef)
-        torch.autograd.graph.increment_version([s.weight for s in slots])
+        torch.autograd.graph.increment_version([s.param for s in slots])
         if rule.penalty and self._versions is not None:
             self._versions = self._versions_now()
         return value
@@ -366,7 +366,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._plan is None or not self._plan.fits(step.grads):
             self._plan = StepPlan(self._slots, rule, step.grads)
             self._versions = None
-            self._penalised = [s.weight for s in self._slots if s.layer >= 0]
+            penalised = [s for s in self._slots if s.layer >= 0]
+            # An operation on a DTensor counts there, one on its shard only there.
+            self._penalised = [s.param for s in penalised]
+            self._penalised += [s.weight for s in penalised if s.weight is not s.param]
         plan, value = self._plan, None
         if rule.penalty:
             self._know_moments(plan, rule, self._versions_now())

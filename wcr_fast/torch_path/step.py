@@ -33,9 +33,11 @@ def step_(slots: Sequence[Slot], rule: Rule, step: Step, stats: Tensor | None, c
     scratch = Scratch(rule.penalty.r if rule.penalty else 0.0)
     whole: dict[tuple, list[_Update]] = {}
     for slot, grad in zip(slots, step.grads, strict=True):
-        if slot.weight.numel() == 0 or (grad is None and slot.layer not in pull):
+        if grad is None and slot.layer not in pull:
             continue
         update = _Update(slot, grad, rule, step.groups[slot.group], pull.get(slot.layer), scale, scratch)
+        if slot.weight.numel() == 0:
+            continue  # counted all the same: other ranks may hold elements
         if update.is_plain():
             whole.setdefault((slot.group, slot.weight.device, slot.weight.dtype, update.first), []).append(update)
         else:

@@ -117,8 +117,18 @@ class StepPlan:
         for i, (slot, grad) in enumerate(zip(slots, grads, strict=True)):
             if slot.weight.numel():
                 kinds.setdefault(self._kind(slot, grad), []).append(i)
+            else:
+                self._device(slot.weight.device)
         for kind, places in kinds.items():
             self._add(kind, places)
+
+    def _device(self, device: torch.device) -> _Device:
+        if device not in self.devices:
+            layers = self.rule.penalty.layers if self.rule.penalty else 0
+            both = torch.zeros((7, layers), dtype=torch.float64, device=device)
+            flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self.devices[device] = _Device(device, both[:4], both[4:], flag, flag.numpy())
+        return self.devices[device]
 
     def _kind(self, slot: Slot, grad: Tensor | None) -> tuple:
         names = STATE_NAMES[self.rule.algorithm]
@@ -131,13 +141,7 @@ class StepPlan:
         rule, slots = self.rule, [self.slots[i] for i in places]
         if len(set(states)) > 1:
             raise TypeError(f"the state of {dtype} parameters has several dtypes, {states}; load it by load_state_dict")
-        on = self.devices.get(device)
-        if on is None:
-            layers = rule.penalty.layers if rule.penalty else 0
-            both = torch.zeros((7, layers), dtype=torch.float64, device=device)
-            flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
-            on = _Device(device, both[:4], both[4:], flag, flag.numpy())
-            self.devices[device] = on
+        on = self._device(device)
         weights = [_dense(slot.weight) for slot in slots]
         table = build_table(weights, [s.layer for s in slots], CHUNK, extra=[self._columns(s) for s in slots])
         penalty = rule.penalty
@@ -245,6 +249,14 @@ class StepPlan:
             for i, weight in zip(launch.places, launch.weights, strict=True):
                 if weight is not self.slots[i].weight:
                     self.slots[i].weight.detach().copy_(weight)
+        self._count_empty(step)
+
+    def _count_empty(self, step: Step) -> None:
+        """Count the step of parameters without elements here: other ranks may hold some."""
+        for slot, grad in zip(self.slots, step.grads, strict=True):
+            if "step" in slot.state and not slot.weight.numel() and (grad is not None or _pulled(slot, step)):
+                taken = 1.0 if step.found_inf is None else 1.0 - step.found_inf.to(slot.weight.device)
+                slot.state["step"] += taken
 
     def _launch(self, launch: _Launch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         device, chosen = launch.on.device, launch.constants
@@ -310,10 +322,7 @@ class StepPlan:
         for i, weight in zip(launch.places, launch.weights, strict=True):
             grad = step.grads[i]
             if grad is None:
-                slot = self.slots[i]
-                lam = step.groups[slot.group]["lam"]
-                pulled = slot.layer >= 0 and (isinstance(lam, Tensor) or lam != 0.0)
-                pointers.append(PENALTY_ONLY if pulled else 0)
+                pointers.append(PENALTY_ONLY if _pulled(self.slots[i], step) else 0)
                 continue
             if not same_layout(weight, grad):
                 grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad.detach())
@@ -321,6 +330,12 @@ class StepPlan:
             pointers.append(grad.data_ptr())
         if pointers != launch.sent:
             launch.send(pointers)
+
+
+def _pulled(slot: Slot, step: Step) -> bool:
+    """Tell whether the penalty pulls at a parameter."""
+    lam = step.groups[slot.group]["lam"]
+    return slot.layer >= 0 and (isinstance(lam, Tensor) or lam != 0.0)
 
 
 def _dense(weight: Tensor) -> Tensor:
