@@ -89,9 +89,9 @@ def _merge(n: Tensor, mean: Tensor, spread: Tensor, group: Any) -> tuple[Tensor,
     """Return n, mean, M2 over a process group, and a rank's mean that the sums were taken about."""
     mine = torch.stack([n, mean, spread]).contiguous()
     ranks = torch.distributed.get_world_size(group)
-    everyone = mine.new_empty((ranks * mine.shape[0], mine.shape[1]))
-    torch.distributed.all_gather_into_tensor(everyone, mine, group=group)
-    counts, means, spreads = everyone.view(ranks, 3, -1).unbind(1)
+    everyone = mine.new_empty((ranks, *mine.shape))
+    torch.distributed.all_gather(list(everyone), mine, group=group)
+    counts, means, spreads = everyone.unbind(1)
     center = torch.where(counts > 0, means, -torch.inf).max(0).values
     center = torch.where(torch.isinf(center), torch.zeros_like(center), center)
     total = counts.sum(0)
