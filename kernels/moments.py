@@ -102,7 +102,8 @@ def _chunk_moments(ptr, count, r, SMOOTH: tl.constexpr, MASKED: tl.constexpr):
             offs = i * LANES + lanes
             state = add_moments(_magnitudes(ptr, offs, count, r, SMOOTH, MASKED), offs, count, state, MASKED)
     else:  # unrolled, so that several loads are under way at a time
-        for i in tl.range(1, _CHUNK // LANES, loop_unroll_factor=_UNROLL):
+        # (but in float64, whose roots take longer than the loads, and all the registers)
+        for i in tl.range(1, _CHUNK // LANES, loop_unroll_factor=1 if ptr.dtype.element_ty == tl.float64 else _UNROLL):
             offs = i * LANES + lanes
             state = add_moments(_magnitudes(ptr, offs, count, r, SMOOTH, MASKED), offs, count, state, MASKED)
     return close_moments(count, state)

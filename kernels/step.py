@@ -32,7 +32,7 @@ from ._tile import (
     narrow,
     wide,
 )
-from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
+from .launch import CHUNK, TRITON_DTYPES, LaunchConfig, Variant, config, launch
 from .moments import add_moments, close_moments, finish_layer, open_moments
 
 _CHUNK = tl.constexpr(CHUNK)
@@ -166,8 +166,7 @@ def _step_block(
     pointers,
     words,
     key,
-    inverse_scale,
-    sign,
+    factor,
     layer,
     numbers,
     ALGORITHM: tl.constexpr,
@@ -200,7 +199,7 @@ def _step_block(
         g = wide(tl.load(grad_ptr + offs, mask=offs < grad_count, other=0.0)).to(x.dtype)
     else:
         g = wide(tl.load(grad_ptr + offs)).to(x.dtype)
-    g *= inverse_scale
+    g *= factor
     before = stored
     pull = stored
     if PENALTY is not None:
@@ -208,7 +207,6 @@ def _step_block(
         pull = s * tl.fma((before - pivot) - shift, c, b)
         if PENALTY == "coupled":
             g = tl.where(penalised, g + pull, g)
-    g *= sign
 
     first, second, third = x, x, x
     if ALGORITHM == "sgd":
@@ -261,8 +259,7 @@ def _step_chunk(
     words_ptr,
     words_count,
     key,
-    inverse_scale,
-    sign,
+    factor,
     layer,
     numbers,
     ALGORITHM: tl.constexpr,
@@ -281,7 +278,7 @@ def _step_chunk(
     if MASK:  # bit i of a lane's word belongs to its element of block i; a weight without a mask keeps all
         words = tl.load(words_ptr + lanes, mask=lanes < words_count, other=-1)
     before, after = _step_block(
-        0, lanes, count, grad_count, penalised, pointers, words, key, inverse_scale, sign, layer, numbers,
+        0, lanes, count, grad_count, penalised, pointers, words, key, factor, layer, numbers,
         ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED,
     )  # fmt: skip
     if PENALTY is not None:
@@ -290,7 +287,7 @@ def _step_chunk(
     steps = tl.cdiv(count, LANES).to(tl.int32) if MASKED else _CHUNK // LANES
     for i in range(1, steps):
         before, after = _step_block(
-            i, lanes, count, grad_count, penalised, pointers, words, key, inverse_scale, sign, layer, numbers,
+            i, lanes, count, grad_count, penalised, pointers, words, key, factor, layer, numbers,
             ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED,
         )  # fmt: skip
         if PENALTY is not None:
@@ -403,9 +400,11 @@ def _step_kernel(
                 (1.0 / tl.sqrt(correction2)).to(COMPUTE),
                 tl.load(group_ptr + _EPS).to(COMPUTE),
             )
-        inverse_scale = tl.full((), 1.0, tl.float64)
+        # What is maximised is the whole sum: the sign goes on gradient and coupled pull, not on a decoupled one.
+        sign = tl.load(group_ptr + _SIGN)
+        factor = sign
         if SCALED:
-            inverse_scale = 1.0 / tl.load(grad_scale_ptr).to(tl.float64)
+            factor = sign / tl.load(grad_scale_ptr).to(tl.float64)
         key = tl.full((), 0, tl.uint32)
         if STOCHASTIC:
             key = _mixed(
@@ -418,11 +417,13 @@ def _step_kernel(
         if PENALTY is not None:
             place = tl.where(penalised, column, 0)
             per_element = 1.0 / tl.load(row_ptr + _LAYER_SIZE).to(tl.float64)
-            pull = 1.0 if PENALTY == "decoupled" else _setting(group_ptr, tensors_ptr, _LAM, 2)
-            pull = pull * per_element
+            lam = _setting(group_ptr, tensors_ptr, _LAM, 2)
+            pull = per_element
             decoupled = zero
             if PENALTY == "decoupled":
-                decoupled = (-lr * _setting(group_ptr, tensors_ptr, _LAM, 2)).to(COMPUTE)
+                decoupled = (-lr * lam).to(COMPUTE)
+            else:
+                pull *= sign * lam
             layer = (
                 tl.load(stats_ptr + 2 * num_layers + place).to(COMPUTE),
                 tl.load(stats_ptr + 3 * num_layers + place).to(COMPUTE),
@@ -454,7 +455,7 @@ def _step_kernel(
             )
             moments = _step_chunk(
                 count, grad_count, penalised, pointers, words_ptr, words_count, key,
-                inverse_scale.to(COMPUTE), tl.load(group_ptr + _SIGN).to(COMPUTE), layer, numbers,
+                factor.to(COMPUTE), layer, numbers,
                 ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED=False,
             )  # fmt: skip
         else:
@@ -468,7 +469,7 @@ def _step_kernel(
             )
             moments = _step_chunk(
                 count, grad_count, penalised, pointers, words_ptr, words_count, key,
-                inverse_scale.to(COMPUTE), tl.load(group_ptr + _SIGN).to(COMPUTE), layer, numbers,
+                factor.to(COMPUTE), layer, numbers,
                 ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED=True,
             )  # fmt: skip
         pid = tl.program_id(0).to(tl.int64)
@@ -567,7 +568,11 @@ def launch_step(
         settings if found_inf is None else found_inf,
         stats.shape[1],
     )
-    launch(_step_kernel, block_to_tensor.numel(), args, constants, config("step", dtype).options())
+    launch(_step_kernel, block_to_tensor.numel(), args, constants, _config(dtype, constants).options())
+
+
+def _config(dtype: torch.dtype, constants: dict) -> LaunchConfig:
+    return config("amsgrad step" if constants["AMSGRAD"] else "step", dtype)
 
 
 _SIGNATURE = {
@@ -623,12 +628,12 @@ def variants() -> list[Variant]:
                     f"{algorithm} {str(dtype).removeprefix('torch.')} {label}",
                     _SIGNATURE,
                     chosen,
-                    config("step", dtype).warps,
+                    _config(dtype, chosen).warps,
                     read / dtype.itemsize,
                     # The tests compile what every user runs; each form takes seconds.
                     essential=label in ("wcr, mask", "wcr, float32 state, mask"),
                     bytes_per_element=moved,
-                    options=config("step", dtype).options(),
+                    options=_config(dtype, chosen).options(),
                 )
             )
     return listed

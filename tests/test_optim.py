@@ -572,6 +572,34 @@ def test_any_layout_of_weights_and_gradients(backend, device, algorithm):
         torch.testing.assert_close(p.detach().double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_change_of_memory_format_takes_the_state_along(backend, device):
+    runs = []
+    for change in (False, True):
+        model = net(torch.float64, device)
+        optimizer = AdamW(model.parameters(), **OPTIONS["adamw"], penalty=wcr_fast.WCR(model), lam=1e-6)
+        train(model, optimizer, 2)
+        if change:
+            model.to(memory_format=torch.contiguous_format)
+        runs.append(train(model, optimizer, 2, start=2))
+    assert runs[0][0].stride() != runs[1][0].stride()
+    assert error(*runs) < 1e-12
+
+
+def test_replaced_parameters_with_a_penalty_by_name(backend, device):
+    model = net(torch.float32, device)
+    optimizer = SGD(model.parameters(), lr=0.1, penalty="l1", lam=0.5)
+    train(model, optimizer, 1)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer.zero_grad()
+    before = model[4].weight.detach().clone()
+    optimizer.step()
+    assert torch.allclose(model[4].weight, before - 0.05 * before.sign())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    optimizer.step()  # nothing to penalise, nothing to step
+
+
 def test_many_tiny_parameters(backend, device):
     params = [nn.Parameter(torch.randn(1 + i % 3, device=device)) for i in range(60)]
     twins = [nn.Parameter(p.detach().clone()) for p in params]

@@ -24,6 +24,7 @@ from wcr_fast.optim.watch import Watch, watch
 from wcr_fast.regularizers import Regularizer
 from wcr_fast.slots import STATE_NAMES, Penalty, Rule, Slot, Step
 from wcr_fast.table import capturing, keep_for_graph
+from wcr_fast.torch_path.layout import is_dense, same_layout
 from wcr_fast.torch_path.step import step_
 from wcr_fast.weights import Exclude, Excluder
 
@@ -219,8 +220,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         )
 
     def _prepare_slots(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
+        self._refuse_replaced(params)
         layers = self._layers()
-        self._missing_check(params, layers)
         places = {id(p): g for g, group in enumerate(self.param_groups) for p in group["params"]}
         self._slots = []
         for order, (p, grad) in enumerate(zip(params, grads, strict=True)):
@@ -252,12 +253,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._indices = [i for i, p in enumerate(current) if id(p) in owned and p.requires_grad]
         return {id(current[i]): layer for layer, i in enumerate(self._indices)}
 
-    def _missing_check(self, params: Sequence[Tensor], layers: dict[int, int]) -> None:
-        """Raise where a penalised weight was replaced and the optimizer still holds the old parameter."""
+    def _refuse_replaced(self, params: Sequence[Tensor]) -> None:
+        """Raise where a penalised weight was replaced and the optimizer still holds the old parameter.
+
+        A penalty that was given by its class or name has no other weights than the optimizer's, and is built anew.
+        """
         if self._regularizer is None:
             return
         owned = {id(p) for p in params}
-        for weight in self._regularizer._choice.weights:
+        weights = self._regularizer._choice.weights
+        if self._regularizer is not self._asked and not all(id(w.param) in owned for w in weights):
+            self._resolve_penalty()
+            return
+        for weight in weights:
             if id(weight.param) in owned and id(weight.current()) not in owned:
                 raise RuntimeError(
                     f"{type(self).__name__}: {weight.label()} was replaced by a new parameter (load_state_dict with "
@@ -274,6 +282,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in STATE_NAMES[self.algorithm]:
             if self._has(group, name) and state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            elif self._has(group, name) and not is_sharded(p) and not _in_step(p, state[name]):
+                # The weight has another memory format since: its state goes with it.
+                state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
         counted = self.algorithm == "adamw" or self._has(group, "momentum_buffer") or self._stochastic
         if counted and "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -290,7 +301,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _rule(self) -> Rule:
         reg = self._regularizer
         penalty = None
-        if reg is not None:
+        if reg is not None and self._indices:
             sharded = any(is_sharded(reg._choice.weights[i].current()) for i in self._indices)
             penalty = Penalty(
                 self._mode, None if sharded else reg.family, reg.eps, reg.r, sum(reg._numels), len(self._indices)
@@ -523,6 +534,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             dtype = torch.float64
         made = torch.zeros_like(p.detach(), dtype=dtype, memory_format=torch.preserve_format)
         return made.copy_(value)
+
+
+def _in_step(weight: Tensor, array: Tensor) -> bool:
+    """Tell whether an array of the state runs through memory as its weight does, or as a dense copy of it would."""
+    return same_layout(weight if is_dense(weight) else torch.empty_like(weight), array)
 
 
 def _refuse_overlap(weight: Tensor, op: str) -> None:

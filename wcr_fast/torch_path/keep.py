@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +20,16 @@ def keep_(tensors: Sequence[Tensor], words: Sequence[Tensor]) -> None:
         flat = flat_view(dense)
         for start in range(0, flat.numel(), PIECE):
             block = flat[start : start + PIECE]
-            kept = unpack_words(bits, start, block.numel())
-            # A kept element meets all ones, a removed one zeros: five times as fast as masked_fill_ on a CPU.
-            block.view(KEY_DTYPES[block.dtype]).bitwise_and_(kept.view(torch.int8).neg_())
+            keep_block_((block,), bits, start)
         if dense is not tensor:
             tensor.copy_(dense)
+
+
+def keep_block_(arrays: Iterable[Tensor], words: Tensor, start: int) -> None:
+    """Write +0.0 where the words have a 0 into flat arrays that all begin at element ``start`` of the weight."""
+    kept = None
+    for array in arrays:
+        if kept is None:
+            # A kept element meets all ones, a removed one zeros: five times as fast as masked_fill_ on a CPU.
+            kept = unpack_words(words, start, array.numel()).view(torch.int8).neg_()
+        array.view(KEY_DTYPES[array.dtype]).bitwise_and_(kept)

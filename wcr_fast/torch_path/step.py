@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wcr_fast.slots import STATE_NAMES, Rule, Slot, Step
-from wcr_fast.torch_path.bits import unpack_words
+from wcr_fast.torch_path.keep import keep_block_
 from wcr_fast.torch_path.layout import flat_view, is_dense, same_layout
 from wcr_fast.torch_path.moments import BLOCK, Scratch, compute_dtype, pulls, put
 
@@ -180,9 +180,7 @@ class _Update:
         if pull is not None:
             x.add_(pull)
         if self.slot.words is not None:
-            gone = ~unpack_words(self.slot.words, start, x.numel())
-            for t in (x, *states.values()):
-                t.masked_fill_(gone, 0.0)
+            keep_block_((x, *states.values()), self.slot.words, start)
         for name, t in states.items():
             if t is not arrays[name]:
                 arrays[name].copy_(t)
