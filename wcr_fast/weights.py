@@ -37,6 +37,8 @@ class Weight:
         if param is None:
             raise RuntimeError(f"{self.name} is no longer a parameter of its module: choose the weights again")
         if param is not self.param:
+            if hasattr(self.param, "device_mesh") and not hasattr(param, "device_mesh"):
+                return self.param  # FSDP2 has gathered it for a while: gradients and optimizers belong to the shards
             check_plain(param, self.name, sharded=self.sharded)
             if param.numel() != self.param.numel():
                 raise RuntimeError(

@@ -25,7 +25,7 @@ from wcr_fast.regularizers import Regularizer
 from wcr_fast.slots import STATE_NAMES, Penalty, Rule, Slot, Step
 from wcr_fast.table import capturing, keep_for_graph
 from wcr_fast.torch_path.layout import is_dense, same_layout
-from wcr_fast.torch_path.step import step_
+from wcr_fast.torch_path.step import PlainStep, step_
 from wcr_fast.weights import Exclude, Excluder
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -183,6 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Drop what was prepared for the parameters as they were."""
         self._slots: list[Slot] | None = None
         self._plan: Any = None
+        self._plain: PlainStep | None = None
         self._prepared: tuple | None = None
         self._watch: Watch | None = None
         self._versions: list[int] | None = None
@@ -330,8 +331,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         found = None if loss is not None or self._watch is None else self._watch.look(self.param_groups)
         if found is not None:
-            self._repeat(*found)
-            return None
+            if self._plain is None:
+                self._repeat(*found)
+                return None
+            if getattr(self, "grad_scale", None) is None and getattr(self, "found_inf", None) is None:
+                with torch.no_grad():
+                    self._plain.run([p.grad for g in self.param_groups for p in g["params"]], self.param_groups)
+                return None
         with torch.no_grad():
             value = self._step(loss is not None)
         if value is None:
@@ -365,7 +371,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             stats, coef = self._moments() if rule.penalty else (None, None)
             if with_value and coef is not None:
                 value = self._value(coef, step)
-            step_(slots, rule, step, stats, coef)
+            self._plain = step_(slots, rule, step, stats, coef)
+            self._watch = self._watch_over(step, rule) if self._plain else None
         torch.autograd.graph.increment_version([s.param for s in slots])
         if rule.penalty and self._versions is not None:
             self._versions = self._versions_now()
@@ -392,12 +399,18 @@ class FusedOptimizer(torch.optim.Optimizer):
                 keep_for_graph(device, plan)
         if rule.penalty:
             self._complete(plan, rule)
-        if self._watch is None and plan.repeatable and len(self._slots) == sum(len(g["params"]) for g in step.groups):
-            params = [s.param for s in self._slots]
-            weights = self._regularizer._choice.weights if rule.penalty else []
-            owners = [(w.owner[0]._parameters, w.owner[1]) for w in weights if w.owner]
-            self._watch = watch(params, [self.state[p] for p in params], [s.layer for s in self._slots], owners)
+        if self._watch is None and plan.repeatable:
+            self._watch = self._watch_over(step, rule)
         return value
+
+    def _watch_over(self, step: Step, rule: Rule) -> Watch | None:
+        """Return what tells whether the next step is like this one, or None where it has more to find out."""
+        if len(self._slots) != sum(len(g["params"]) for g in step.groups):
+            return None
+        params = [s.param for s in self._slots]
+        weights = self._regularizer._choice.weights if rule.penalty else []
+        owners = [(w.owner[0]._parameters, w.owner[1]) for w in weights if w.owner]
+        return watch(params, [self.state[p] for p in params], [s.layer for s in self._slots], owners)
 
     def _repeat(self, addresses: list[int], versions: list[int]) -> None:
         """Take a step like the last one, where only gradients and numbers differ."""
@@ -480,7 +493,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # --- saving and loading ------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_slots", "_plan", "_prepared", "_watch", "_versions", "_current_rule", "_penalised")
+        left_out = ("_slots", "_plan", "_plain", "_prepared", "_watch", "_versions", "_current_rule", "_penalised")
         own = {k: v for k, v in self.__dict__.items() if k.startswith("_") and k not in left_out}
         own = {k: v for k, v in own.items() if not k.startswith(("_optimizer_", "_zero_grad", "_warned"))}
         return {**super().__getstate__(), **own}

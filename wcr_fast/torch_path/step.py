@@ -21,17 +21,19 @@ from wcr_fast.torch_path.moments import BLOCK, Scratch, compute_dtype, pulls, pu
 _CHUNK = 32768  # the noise of stochastic rounding is hashed by chunk and place in it
 
 
-def step_(slots: Sequence[Slot], rule: Rule, step: Step, stats: Tensor | None, coef: Tensor | None) -> None:
+def step_(slots: Sequence[Slot], rule: Rule, step: Step, stats: Tensor | None, coef: Tensor | None) -> PlainStep | None:
     """Step the slots that have a gradient, or a penalty; see :class:`wcr_fast.optim.FusedOptimizer`.
 
-    stats [4, L] and coef [3, L] are those of the penalised weights, by ``slot.layer``, as they are now.
+    stats [4, L] and coef [3, L] are those of the penalised weights, by ``slot.layer``, as they are now. Returns what
+    can take the next step, where torch's own kernels took all of this one.
     """
     if step.found_inf is not None and step.found_inf.item():
-        return
+        return None
     pull = _pulls(slots, rule, step, stats, coef)
     scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
     scratch = Scratch(rule.penalty.r if rule.penalty else 0.0)
     whole: dict[tuple, list[_Update]] = {}
+    plain = step.found_inf is None
     for slot, grad in zip(slots, step.grads, strict=True):
         if grad is None and slot.layer not in pull:
             continue
@@ -41,11 +43,41 @@ def step_(slots: Sequence[Slot], rule: Rule, step: Step, stats: Tensor | None, c
         if update.is_plain():
             whole.setdefault((slot.group, slot.weight.device, slot.weight.dtype, update.first), []).append(update)
         else:
+            plain = False
             update.run()
-    for updates in whole.values():
-        weights, grads = [u.slot.weight.detach() for u in updates], [u.grad for u in updates]
-        states = [[u.slot.state.get(name) for u in updates] for name in STATE_NAMES[rule.algorithm]]
-        updates[0].call(weights, grads, states, [u.slot.state.get("step") for u in updates])
+    batches = [_Batch(updates) for updates in whole.values()]
+    for batch, updates in zip(batches, whole.values(), strict=True):
+        batch.run([u.grad for u in updates])
+    return PlainStep(batches) if plain else None
+
+
+class _Batch:
+    """Parameters of one group that torch's kernel takes in one call."""
+
+    def __init__(self, updates: Sequence[_Update]) -> None:
+        self.leader, self.group = updates[0], updates[0].slot.group
+        self.orders = [u.slot.order for u in updates]
+        self.weights = [u.slot.weight.detach() for u in updates]
+        self.states = [[u.slot.state.get(name) for u in updates] for name in STATE_NAMES[self.leader.rule.algorithm]]
+        self.steps = [u.slot.state["step"] for u in updates if "step" in u.slot.state]
+
+    def run(self, grads: list[Tensor]) -> None:
+        self.leader.call(self.weights, grads, self.states, self.steps)
+
+
+class PlainStep:
+    """A step that torch's kernels take in one call for each group, as long as nothing but gradients changes."""
+
+    def __init__(self, batches: Sequence[_Batch]) -> None:
+        self._batches = batches
+
+    def run(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
+        """Step all parameters, by the gradients in the optimizer's order."""
+        for batch in self._batches:
+            batch.leader.group, batch.leader.first = groups[batch.group], False
+            if batch.steps:
+                torch._foreach_add_(batch.steps, 1.0)
+            batch.run([grads[i] for i in batch.orders])
 
 
 def _pulls(
