@@ -51,6 +51,8 @@ class Regularizer:
     Args:
         model: a module (its weights are chosen: floating point, two or more dimensions, not of a
             normalisation module, requires_grad; tied weights once) or an iterable of parameters, taken literally.
+            DTensors (FSDP2, tensor parallel) count as the whole layers they are parts of; then every rank has to
+            build it, and to call it, add its gradient or ask for moments, together with the others.
         lam: strength, a float or a 0-d tensor (read on the device, without a sync); may be set between steps.
             A float 0 launches nothing.
         eps: the formula's small constant, >= 0.
