@@ -37,6 +37,7 @@ CHECKED, CHECKED_WITH_GPU, CHECKED_INTERPRETED = 1_000_000, 4_000_000, 20_000
 TIMED_ON_GPU = 100_000_000
 MIN_SIZE = 64
 SPARSITY = 0.9
+STEP_LR = 0.05  # of the optimizers' steps, whose largest is as long as a large weight
 SCOPES = ("global", "layer", "row", "2:4")
 
 
@@ -196,6 +197,14 @@ def checks(dtype: torch.dtype, reference: Reference) -> list[Check]:
         for op, backward in ((f"{family.__name__} loss + backward", True), (f"{family.__name__}.add_grad_", False)):
             prepare = functools.partial(_penalty_call, family=family, lam=lam, backward=backward)
             listed.append(Check(op, 4 * item, TOLERANCE[dtype], prepare, error))  # moments; gradient in and out
+    lam = 1.0 / max(g.abs().max().item() for g in reference.gradients[wcr_fast.WCR])
+    error = functools.partial(_step_error, lam=lam)
+    for kind, options, arrays in (
+        (wcr_fast.optim.SGD, {"momentum": 0.9}, 5),
+        (wcr_fast.optim.AdamW, {"weight_decay": 0.0, "decoupled": True}, 7),
+    ):
+        prepare = functools.partial(_step_call, kind=kind, lam=lam, options=options)
+        listed.append(Check(f"{kind.__name__} step + WCR", arrays * item, TOLERANCE[dtype], prepare, error))
     for scope in ("global", "layer"):
         prepare = functools.partial(_call, magnitude_threshold, scope=scope)
         error = functools.partial(_threshold_error, scope=scope)
@@ -221,6 +230,27 @@ def _penalty_call(weights: list[Tensor], *, family: type, lam: float, backward: 
         return params
 
     return call
+
+
+def _step_call(weights: list[Tensor], *, kind: type, lam: float, options: dict) -> Callable[[], list[Tensor]]:
+    """Return a step on gradients of zero: the penalty alone moves the weights, by lr lam grad psi at first."""
+    params = [w.clone().requires_grad_() for w in weights]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = kind(params, lr=STEP_LR, penalty=wcr_fast.WCR(params), lam=lam, **options)
+
+    def call() -> list[Tensor]:
+        optimizer.step()
+        return params
+
+    return call
+
+
+def _step_error(params: list[Tensor], reference: Reference, *, lam: float) -> float:
+    pairs = zip(reference.weights, reference.gradients[wcr_fast.WCR], strict=True)
+    wanted = [w.double() - STEP_LR * lam * g for w, g in pairs]
+    worst = max((p.detach().double().cpu() - w).abs().max().item() for p, w in zip(params, wanted, strict=True))
+    return worst / max(w.abs().max().item() for w in wanted)
 
 
 def _call(op: Callable[..., Any], weights: list[Tensor], *, scope: str) -> Callable[[], Any]:
