@@ -317,6 +317,26 @@ def triton(dtype):
     return {kind: apart(model, plain)}
 
 
+def one_row(dtype):
+    """All weights lie on the first rank; on the others steps are counted, and left out after an overflow, too."""
+    found = {}
+
+    def overflow(optimizer, step):
+        optimizer.found_inf = torch.tensor(float(step == 1))
+
+    for name in ("torch", "triton"):
+        lone, plain = nn.Linear(6, 1, bias=False, dtype=dtype), nn.Linear(6, 1, bias=False, dtype=dtype)
+        lone.load_state_dict(plain.state_dict())
+        fully_shard(lone, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        for model, whole in ((lone, False), (plain, True)):
+            with wcr_fast.backend(name):
+                optimizer = make("adamw", model, wcr_fast.WCR)
+                train(model, optimizer, whole, steps=3, before=partial(overflow, optimizer))
+            assert optimizer.state[model.weight]["step"].item() == 2.0
+        found[name] = apart(lone, plain)
+    return found
+
+
 BOTH = (torch.float64, torch.float32)
 CHECKS = {
     2: {
@@ -330,6 +350,7 @@ CHECKS = {
         built_before: (torch.float64,),
         refusals: (torch.float32,),
         triton: BOTH,
+        one_row: (torch.float64,),
     },
     4: {
         optimizers: BOTH,
