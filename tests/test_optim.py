@@ -327,6 +327,16 @@ def test_master_weights_adopt_what_others_write(backend, device):
         assert (p[20:] < 1).all()
 
 
+@pytest.mark.parametrize("master", ["float32", "remainder"])
+def test_master_weights_beside_weights_without(backend, device, master):
+    params = [nn.Parameter(torch.ones(5, dtype=dtype, device=device)) for dtype in (torch.bfloat16, torch.float32)]
+    optimizer = AdamW(params, lr=0.1, master=master)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.allclose(params[0].float(), params[1], atol=2**-8)
+
+
 def test_remainders_hold_a_float32_weight_exactly(backend, device):
     weights = [torch.randn(5000, device=device) * 10.0 ** torch.randint(-30, 30, (5000,), device=device)]
     grads = [torch.randn(5000, device=device) * weights[0] for _ in range(4)]
@@ -711,6 +721,105 @@ def test_unscaled_gradients_may_be_clipped(device):
     wanted = [p.detach() - 0.1 * p.grad for p in model.parameters()]
     scaler.step(optimizer)
     assert error(model.parameters(), wanted) < 1e-6
+
+
+def _momentum_on(o):
+    o.param_groups[0]["momentum"] = 0.9
+
+
+def _momentum_off(o):
+    o.param_groups[0]["momentum"] = 0
+
+
+def _state_cleared(o):
+    o.state.clear()
+
+
+def _inner_states_cleared(o):
+    for state in o.state.values():
+        state.clear()
+
+
+def _buffers_gone(o):
+    for state in o.state.values():
+        state["momentum_buffer"] = None
+
+
+def _moved_between_groups(o):
+    o.param_groups[1]["params"].insert(0, o.param_groups[0]["params"].pop())
+
+
+def _lr_moved(o):
+    o.param_groups[0]["lr"] = 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "momentum"),
+    [
+        (_momentum_on, 0.0),
+        (_momentum_off, 0.9),
+        (_state_cleared, 0.9),
+        (_inner_states_cleared, 0.9),
+        (_buffers_gone, 0.9),
+        (_moved_between_groups, 0.9),
+        (_lr_moved, 0.9),
+    ],
+)
+def test_changes_between_steps_count(backend, device, change, momentum):
+    """After two steps, the second of them a repeated one, whatever torch's own optimizer would notice."""
+    runs = []
+    for kind in (SGD, torch.optim.SGD):
+        torch.manual_seed(3)
+        params = [nn.Parameter(torch.randn(4, 5, dtype=torch.float64, device=device)) for _ in range(3)]
+        groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.02}]
+        optimizer = kind(groups, momentum=momentum, dampening=0.25)
+        for number in range(6):
+            for p in params:
+                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(number)).to(device)
+            if number == 3:
+                change(optimizer)
+            optimizer.step()
+        runs.append([p.detach() for p in params])
+    assert error(*runs) < 1e-14
+
+
+@pytest.mark.parametrize("how", ["group", "regularizer", "tensor"])
+def test_a_strength_that_rises_from_zero(backend, device, how):
+    p = nn.Parameter(torch.tensor([[1.0, -2.0]], device=device))
+    reg = wcr_fast.L1([p], lam=0.0)
+    lam = torch.zeros((), device=device) if how == "tensor" else None
+    optimizer = SGD([p], lr=1.0, penalty=reg, lam=lam)
+    for _ in range(3):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert p.tolist() == [[1.0, -2.0]]
+    if how == "group":
+        optimizer.param_groups[0]["lam"] = 0.25
+    elif how == "regularizer":
+        reg.lam = 0.25
+    else:
+        lam.fill_(0.25)
+    optimizer.step()
+    assert p.tolist() == [[0.75, -1.75]]
+    p.requires_grad_(False)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert p.tolist() == [[0.75, -1.75]]
+    p.requires_grad_()
+    optimizer.step()
+    assert p.tolist() == [[0.5, -1.5]]
+
+
+def test_gradients_of_another_dtype(backend, device):
+    if not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("torch before 2.10 has no grad_dtype")
+    p = nn.Parameter(torch.ones(3, 3, device=device))
+    p.grad_dtype = None
+    optimizer = SGD([p], lr=0.25)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float32, torch.float32):
+        p.grad = torch.ones(3, 3, dtype=dtype, device=device)
+        optimizer.step()
+    assert p.unique().tolist() == [-0.5]
 
 
 def test_deepcopy_and_pickle(backend, device):

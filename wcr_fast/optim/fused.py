@@ -211,14 +211,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return what a plan depends on and anyone might change between two steps."""
         penalised = [] if self._regularizer is None else self._regularizer._choice.weights
         currents = [w.current() for w in penalised]
-        arrays = [t for p in params for t in self.state[p].values() if isinstance(t, Tensor)] if self.state else []
+        arrays = [t for p in params for t in self.state.get(p, {}).values() if isinstance(t, Tensor)]
+        kinds = [[self._has(group, name) for name in STATE_NAMES[self.algorithm]] for group in self.param_groups]
         return (
+            kinds,
+            self._constants(),
+            [len(group["params"]) for group in self.param_groups],
             [id(p) for p in params],
-            [local(p).data_ptr() for p in params],
+            [(local(p).data_ptr(), local(p).stride()) for p in params],
             [local(t).data_ptr() for t in arrays],
             [(id(p), p.requires_grad) for p in currents],
             active_backend(),
         )
+
+    def _constants(self) -> tuple[float, float] | None:
+        return None if self._regularizer is None else (self._regularizer.eps, self._regularizer.r)
 
     def _prepare_slots(self, params: list[Tensor], grads: list[Tensor | None]) -> None:
         self._refuse_replaced(params)
@@ -227,15 +234,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._slots = []
         for order, (p, grad) in enumerate(zip(params, grads, strict=True)):
             layer = layers.get(id(p), -1)
-            if grad is None and layer < 0 and p not in self.state:
+            if grad is None and layer < 0 and not self.state.get(p):
                 continue
             group = self.param_groups[places[id(p)]]
             state = self._state_of(p, group)
+            unused = {name for name in STATE_NAMES[self.algorithm] if not self._has(group, name)}
             self._slots.append(
                 Slot(
                     p,
                     local(p),
-                    {name: local(t) for name, t in state.items() if isinstance(t, Tensor)},
+                    {k: local(t) for k, t in state.items() if isinstance(t, Tensor) and k not in unused},
                     places[id(p)],
                     order,
                     layer,
@@ -283,6 +291,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name in STATE_NAMES[self.algorithm]:
             if self._has(group, name) and state.get(name) is None:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                if name == "momentum_buffer" and "step" in state:
+                    state["step"].zero_()  # its first step takes the gradient as it is
             elif self._has(group, name) and not is_sharded(p) and not _in_step(p, state[name]):
                 # The weight has another memory format since: its state goes with it.
                 state[name] = torch.empty_like(p, dtype=state[name].dtype, requires_grad=False).copy_(state[name])
@@ -329,7 +339,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = None if loss is not None or self._watch is None else self._watch.look(self.param_groups)
+        found = None
+        if loss is None and self._watch is not None and self._constants() == self._prepared[1]:
+            found = self._watch.look(self.param_groups, self.state)
         if found is not None:
             if self._plain is None:
                 self._repeat(*found)
@@ -371,8 +383,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             stats, coef = self._moments() if rule.penalty else (None, None)
             if with_value and coef is not None:
                 value = self._value(coef, step)
-            self._plain = step_(slots, rule, step, stats, coef)
-            self._watch = self._watch_over(step, rule) if self._plain else None
+            plain = step_(slots, rule, step, stats, coef)
+            self._plain = plain if rule.penalty is None else None
+            self._watch = self._watch_over(step) if self._plain else None
         torch.autograd.graph.increment_version([s.param for s in slots])
         if rule.penalty and self._versions is not None:
             self._versions = self._versions_now()
@@ -383,7 +396,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         if self._plan is None or not self._plan.fits(step.grads):
             self._plan = StepPlan(self._slots, rule, step.grads)
-            self._versions = None
+            self._watch = self._versions = None
             penalised = [s for s in self._slots if s.layer >= 0]
             # An operation on a DTensor counts there, one on its shard only there.
             self._penalised = [s.param for s in penalised]
@@ -400,17 +413,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         if rule.penalty:
             self._complete(plan, rule)
         if self._watch is None and plan.repeatable:
-            self._watch = self._watch_over(step, rule)
+            self._watch = self._watch_over(step)
         return value
 
-    def _watch_over(self, step: Step, rule: Rule) -> Watch | None:
+    def _watch_over(self, step: Step) -> Watch | None:
         """Return what tells whether the next step is like this one, or None where it has more to find out."""
         if len(self._slots) != sum(len(g["params"]) for g in step.groups):
             return None
         params = [s.param for s in self._slots]
-        weights = self._regularizer._choice.weights if rule.penalty else []
+        weights = self._regularizer._choice.weights if self._regularizer else []
         owners = [(w.owner[0]._parameters, w.owner[1]) for w in weights if w.owner]
-        return watch(params, [self.state[p] for p in params], [s.layer for s in self._slots], owners)
+        watched = {id(w.current()) for w in weights}
+        layers = [s.layer for s in self._slots]
+        return watch(params, layers, watched, owners, self.param_groups, self.state)
 
     def _repeat(self, addresses: list[int], versions: list[int]) -> None:
         """Take a step like the last one, where only gradients and numbers differ."""
@@ -418,6 +433,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if rule.penalty:
             self._know_moments(plan, rule, versions)
         lam = self._regularizer.lam if rule.penalty else 0.0
+        for device in plan.devices:
+            if capturing(device):
+                keep_for_graph(device, plan)
         plan.repeat(
             addresses, self.param_groups, lam, getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         )

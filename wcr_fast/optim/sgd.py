@@ -28,7 +28,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         exclude: patterns over the names of parameters, for a class or name, where named parameters are given.
         state_dtype: dtype of the momentum buffer (float32, bfloat16, float16); None is the weight's.
         master: "float32" keeps a float32 copy of 16-bit weights, "remainder" the 16 bits that bfloat16 lacks of it.
-        stochastic_rounding: round bfloat16 weights at random, right in the mean; repeatable, seeded by torch's seed.
+        stochastic_rounding: round bfloat16 weights at random, right in the mean; repeatable. ``seed`` is a
+            group option, torch's initial seed by default: replicas (DDP, HSDP) need the same one on every rank.
 
     Raises:
         ValueError: for values that torch refuses, or a penalty that finds no weight here. TypeError: for sparse

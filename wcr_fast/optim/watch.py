@@ -33,22 +33,26 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
 class _Piece:
     """Some parameters with their gradients and states, as they were."""
 
-    def __init__(self, params: list[Tensor], states: list[dict[str, Any]], penalised: list[Tensor]) -> None:
-        self.params, self.states, self.penalised = params, states, penalised
+    def __init__(
+        self, params: list[Tensor], states: list[dict[str, Any]], penalised: list[Tensor], watched: list[Tensor]
+    ) -> None:
+        self.params, self.states, self.penalised, self.watched = params, states, penalised, watched
         self.grads = _guards(list(map(_grad, params)))
         self.places = pointers(params)
         # The arrays by address, so that one moved with ``.data`` is noticed; of the step counts it need not be.
         self.names = [name for name in STATE_ARRAYS if name in states[0]]
         self.arrays = [pointers(map(itemgetter(name), states)) for name in self.names]
         self.steps = list(map(_step, states)) if "step" in states[0] else []
-        self.trainable = list(map(_requires_grad, penalised))
+        self.trainable = list(map(_requires_grad, watched))
+        self.contiguous = list(map(Tensor.is_contiguous, params))
 
     def look(self, params: list[Tensor]) -> tuple[list[int], list[int]] | None:
         if pointers(params) != self.places or not all(map(is_, params, self.params)):
             return None
         grads = list(map(_grad, params))
-        # A gradient has its parameter's size, dtype and device: torch sees to it.
-        if not self.grads.check(*grads) or list(map(_requires_grad, self.penalised)) != self.trainable:
+        if not self.grads.check(*grads) or list(map(_requires_grad, self.watched)) != self.trainable:
+            return None
+        if list(map(Tensor.is_contiguous, params)) != self.contiguous:  # ``.data`` of the same memory, transposed
             return None
         for name, places in zip(self.names, self.arrays, strict=True):
             if pointers(map(itemgetter(name), self.states)) != places:
@@ -71,37 +75,51 @@ class Watch:
         params: list[Tensor],
         states: list[dict[str, Any]],
         layers: list[int],
+        watched: set[int],
         owners: tuple[list[dict], list[str]],
+        groups: Sequence[dict[str, Any]],
+        everything: dict[Tensor, dict[str, Any]],
     ) -> None:
+        self._groups = _kinds(groups)
+        self._everything, self._all_states = everything, list(everything.values())
         self._owners = owners
         self._owned = list(map(dict.get, *owners)) if owners else []
-        self._size = len(params)
         self._device = params[0].device
         self._pieces = []
         for start in range(0, len(params), _PIECE):
             here = slice(start, start + _PIECE)
             penalised = [p for p, layer in zip(params[here], layers[here], strict=True) if layer >= 0]
-            self._pieces.append((here, _Piece(params[here], states[here], penalised)))
+            trained = [p for p in params[here] if id(p) in watched]
+            self._pieces.append((here, _Piece(params[here], states[here], penalised, trained)))
         self._around = self._surroundings()
 
     def _surroundings(self) -> tuple:
         return active_backend(), current_stream(self._device)
 
-    def look(self, groups: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]] | None:
+    def look(
+        self, groups: Sequence[dict[str, Any]], everything: dict[Tensor, dict[str, Any]]
+    ) -> tuple[list[int], list[int]] | None:
         """Return the gradients' addresses and the penalised weights' versions, then raise the version counters.
 
         None where anything else is not as it was: some counters may then be raised, which costs a pass over the weights
         and harms nothing.
         """
         params = [p for group in groups for p in group["params"]]
-        if len(params) != self._size or self._surroundings() != self._around:
+        if _kinds(groups) != self._groups or self._surroundings() != self._around:
+            return None
+        if everything is not self._everything or len(everything) != len(self._all_states):
+            return None
+        if not all(map(is_, everything.values(), self._all_states)):
             return None
         if self._owners and not all(map(is_, map(dict.get, *self._owners), self._owned)):
             return None
         addresses: list[int] = []
         versions: list[int] = []
         for here, piece in self._pieces:
-            found = piece.look(params[here])
+            try:
+                found = piece.look(params[here])
+            except (KeyError, TypeError):  # a state or a gradient is gone
+                return None
             if found is None:
                 return None
             addresses += found[0]
@@ -109,15 +127,27 @@ class Watch:
         return addresses, versions
 
 
+def _kinds(groups: Sequence[dict[str, Any]]) -> list[tuple]:
+    """Return what of the groups decides on states and launches: members, momentum or none, amsgrad."""
+    return [(len(g["params"]), g.get("momentum") == 0, g.get("amsgrad")) for g in groups]
+
+
 def watch(
-    params: list[Tensor], states: list[dict[str, Any]], layers: list[int], owners: list[tuple[dict, str]]
+    params: list[Tensor],
+    layers: list[int],
+    watched: set[int],
+    owners: list[tuple[dict, str]],
+    groups: Sequence[dict[str, Any]],
+    everything: dict[Tensor, dict[str, Any]],
 ) -> Watch | None:
     """Return a watch over these parameters, or None where a step has more to look at.
 
-    layers: -1 for a parameter without penalty. owners: for each penalised parameter of a module the dictionary that
-    holds it, and its name there.
+    layers: -1 for a parameter without penalty. watched: the ids of those whose requires_grad counts. owners: for each
+    penalised parameter of a module the dictionary that holds it, and its name there. everything: the optimizer's state.
     """
+    states = [everything.get(p, {}) for p in params]
     kinds = {(p.device, *sorted(state)) for p, state in zip(params, states, strict=True)}
     plain = all(p.grad is not None and not hasattr(p, "_local_tensor") for p in params) and len(kinds) == 1
     plain = plain and TensorGuards is not None and set(states[0]) <= {*STATE_ARRAYS, "step"}
-    return Watch(params, states, layers, tuple(map(list, zip(*owners, strict=True)))) if plain else None
+    kept = tuple(map(list, zip(*owners, strict=True)))
+    return Watch(params, states, layers, watched, kept, groups, everything) if plain else None

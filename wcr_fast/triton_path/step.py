@@ -53,9 +53,17 @@ def _settings(group: dict[str, Any], rule: Rule, device: torch.device, flag: int
     return tuple(float(v) for v in values.values()), (*addresses, flag)
 
 
-def _numbers(groups: Sequence[dict[str, Any]], default: Any) -> list[Any]:
-    """Return the options of all groups as they are, to be compared by identity."""
-    return [value for group in groups for name, value in group.items() if name != "params"] + [default]
+def _numbers(groups: Sequence[dict[str, Any]], default: Any) -> tuple[list[Any], list[float]]:
+    """Return the options of all groups, to be compared by identity, and places and values of those that are tensors."""
+    values = [value for group in groups for name, value in group.items() if name != "params"] + [default]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    tensors += [beta for group in groups for beta in group.get("betas", ()) if isinstance(beta, Tensor)]
+    # Those on the CPU are read by the host, so their values count, too.
+    return values, [t.data_ptr() for t in tensors] + [t.item() for t in tensors if t.device.type == "cpu"]
+
+
+# Kernels write these by their address, which the host's allocator can't know of: they are never given back.
+_flags: list[Tensor] = []
 
 
 @dataclass
@@ -112,7 +120,7 @@ class StepPlan:
         self.slots, self.rule = slots, rule
         self.devices: dict[torch.device, _Device] = {}
         self.launches: list[_Launch] = []
-        self._seen: list[Any] = []
+        self._seen: tuple[list[Any], list[float]] = [], []
         kinds: dict[tuple, list[int]] = {}
         for i, (slot, grad) in enumerate(zip(slots, grads, strict=True)):
             if slot.weight.numel():
@@ -127,6 +135,7 @@ class StepPlan:
             layers = self.rule.penalty.layers if self.rule.penalty else 0
             both = torch.zeros((7, layers), dtype=torch.float64, device=device)
             flag = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+            _flags.append(flag)
             self.devices[device] = _Device(device, both[:4], both[4:], flag, flag.numpy())
         return self.devices[device]
 
@@ -134,10 +143,12 @@ class StepPlan:
         names = STATE_NAMES[self.rule.algorithm]
         states = tuple(slot.state[name].dtype for name in names if slot.state.get(name) is not None)
         grad_dtype = slot.weight.dtype if grad is None else grad.dtype
-        return slot.weight.device, slot.weight.dtype, grad_dtype, states
+        # Only 16-bit weights have a master copy or a remainder.
+        master = self.rule.master if {"master", "remainder"} & slot.state.keys() else None
+        return slot.weight.device, slot.weight.dtype, grad_dtype, states, master
 
     def _add(self, kind: tuple, places: list[int]) -> None:
-        device, dtype, grad_dtype, states = kind
+        device, dtype, grad_dtype, states, master = kind
         rule, slots = self.rule, [self.slots[i] for i in places]
         if len(set(states)) > 1:
             raise TypeError(f"the state of {dtype} parameters has several dtypes, {states}; load it by load_state_dict")
@@ -157,7 +168,7 @@ class StepPlan:
                     dtype,
                     grad=grad_dtype,
                     state=states[0] if states else dtype,
-                    master=rule.master,
+                    master=master,
                     momentum=bool(states),
                     amsgrad=len(states) == 3,
                     penalty=penalty.mode if penalty else None,
@@ -241,7 +252,7 @@ class StepPlan:
         """Step every slot with a gradient, or with a penalty; the weights' moments must be known."""
         for on in self.devices.values():
             on.send(step.groups, self.rule)
-        self._seen = []
+        self._seen = [], []
         for launch in self.launches:
             self._copy_in(launch)
             self._send_gradients(launch, step)
@@ -299,12 +310,13 @@ class StepPlan:
         found_inf: Tensor | None,
     ) -> None:
         """Step all slots by the gradients at these addresses; everything else is as it was at the last run."""
-        numbers = _numbers(groups, default_lam)
-        if len(numbers) != len(self._seen) or not all(map(is_, numbers, self._seen)):
+        numbers, places = _numbers(groups, default_lam)
+        seen, seen_places = self._seen
+        if len(numbers) != len(seen) or places != seen_places or not all(map(is_, numbers, seen)):
             filled = [{**g, "lam": default_lam if g["lam"] is None else g["lam"]} for g in groups]
             for on in self.devices.values():
                 on.send(filled, self.rule)
-            self._seen = numbers
+            self._seen = numbers, places
         for launch in self.launches:
             here = addresses if len(self.launches) == 1 else [addresses[i] for i in launch.places]
             if here != launch.sent:
