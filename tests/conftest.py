@@ -58,3 +58,19 @@ def device(request):
     """The device for this test's tensors: the GPU only where the Triton backend is under test."""
     name = request.getfixturevalue("backend") if "backend" in request.fixturenames else "torch"
     return torch.device(DEVICE if name == "triton" else "cpu")
+
+
+@pytest.fixture(params=["python", "compiled"])
+def look(request, monkeypatch):
+    """Run the test with both ways to look at tensors before a repeated call."""
+    from wcr_fast import native
+
+    if request.param == "python":
+        monkeypatch.setattr(native, "_module", None)
+        monkeypatch.setenv("WCR_FAST_NATIVE", "0")
+    else:
+        try:
+            native.build()
+        except RuntimeError as error:
+            pytest.skip(str(error))
+    return request.param

@@ -105,7 +105,8 @@ def optimizers(dtype):
             arrays = {name: array for name, array in optimizer.state[p].items() if name != "step"}
             assert arrays
             assert all(isinstance(a, DTensor) and a.placements == p.placements for a in arrays.values())
-            assert optimizer.state[p]["step"].item() == STEPS
+            if kind == "adamw":
+                assert optimizer.state[p]["step"].item() == STEPS
         params = [w.current() for w in optimizer.penalty._choice.weights]
         assert same_everywhere(stats_of(params, 1e-8)[0][:2])  # the pivots below are each rank's own
     return found
@@ -313,7 +314,8 @@ def triton(dtype):
         train(model, optimizer, steps=3, before=partial(halve, model))
     train(plain, make(kind, plain, wcr_fast.WCR), whole=True, steps=3, before=partial(halve, plain))
     assert same_everywhere(optimizer._plan.stats()[:2], optimizer._plan.coef())
-    assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
+    if kind == "adamw":
+        assert {state["step"].item() for state in optimizer.state.values()} == {3.0}
     return {kind: apart(model, plain)}
 
 

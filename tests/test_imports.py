@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [
     {"kernels"},
     {"wcr_fast.backend", "wcr_fast.errors", "wcr_fast.weights"},
-    {"wcr_fast.table", "wcr_fast.slots"},
+    {"wcr_fast.native", "wcr_fast.table", "wcr_fast.slots", "wcr_fast.watch"},
     {"wcr_fast.torch_path", "wcr_fast.triton_path"},
     {"wcr_fast.ops"},
     {"wcr_fast.attach", "wcr_fast.regularizers", "wcr_fast.pruning", "wcr_fast.optim"},

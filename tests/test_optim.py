@@ -1,7 +1,9 @@
 """The fused optimizers: steps against float64 references and torch's own, on both paths."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -417,6 +419,7 @@ def announced_numpy_write(model, optimizer):
 
 
 @pytest.mark.parametrize("disturb", [in_place, loaded_state, swapped_data, pruned, announced_numpy_write])
+@pytest.mark.usefixtures("look")
 def test_outside_writes_are_exact(backend, device, disturb):
     assert equal(*steps_like_fresh(device, disturb))
 
@@ -436,6 +439,7 @@ def other_fused_optimizer(model, optimizer):
 
 
 @pytest.mark.parametrize("disturb", [data_write, one_element, other_fused_optimizer])
+@pytest.mark.usefixtures("look")
 def test_writes_without_a_trace_are_noticed(backend, device, disturb):
     if backend == "torch":  # takes the moments at every step
         assert equal(*steps_like_fresh(device, disturb))
@@ -454,6 +458,7 @@ def test_writes_without_a_trace_are_noticed(backend, device, disturb):
     train(model, optimizer, 2, start=5)  # and no further warning
 
 
+@pytest.mark.usefixtures("look")
 def test_a_replaced_parameter_is_an_error(backend, device):
     model = net(torch.float32, device)
     optimizer = SGD(model.parameters(), lr=0.1, penalty=wcr_fast.WCR(model))
@@ -531,6 +536,69 @@ def test_a_penalised_weight_without_a_gradient_feels_the_penalty(backend, device
     assert p.grad is None
 
 
+def test_a_strength_of_zero_in_a_tensor_is_a_gradient_of_zero(backend, device):
+    """As autograd has it: the weight steps, by its decay; a plain 0 is no penalty at all."""
+    p, frozen = (nn.Parameter(torch.ones(3, 3, device=device)) for _ in range(2))
+    lam = torch.zeros((), device=device)
+    optimizer = SGD(
+        [{"params": [p], "lam": lam}, {"params": [frozen]}], lr=0.5, weight_decay=0.5, penalty="l1", lam=0.0
+    )
+    for _ in range(2):
+        optimizer.step()
+    assert p.unique().tolist() == [0.5625]
+    assert frozen.unique().tolist() == [1.0]
+
+
+def test_gradients_are_not_kept_alive(backend, device):
+    model = net(torch.float32, device)
+    optimizer = SGD(model.parameters(), **OPTIONS["sgd"], penalty=wcr_fast.WCR(model), lam=1e-5)
+    for number in range(3):
+        backward(model, optimizer, number)
+        optimizer.step()
+        gradients = [weakref.ref(p.grad.untyped_storage()) for p in model.parameters()]
+        optimizer.zero_grad()
+        gc.collect()
+        assert not any(ref() for ref in gradients)
+
+
+def test_betas_in_tensors_are_read_again(backend, device):
+    """A change in place, between steps that only repeat the last one."""
+    runs = []
+    for kind in (AdamW, torch.optim.AdamW):
+        beta, other = torch.tensor(0.5, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
+        p = nn.Parameter(torch.ones(3, 3, dtype=torch.float64, device=device))
+        optimizer = kind([p], lr=0.1, betas=(beta, other), foreach=False)
+        for number in range(6):
+            p.grad = torch.full_like(p, 1.0 + number)
+            if number == 3:
+                beta.fill_(0.25)
+            optimizer.step()
+        runs.append(p.detach())
+    assert error([runs[0]], [runs[1]]) < 1e-14
+
+
+def test_sgd_has_torchs_state(backend, device):
+    model = net(torch.float32, device)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, optimizer, 2)
+    assert {name for state in optimizer.state.values() for name in state} == {"momentum_buffer"}
+
+
+def test_a_state_of_torchs_leaves_each_group_its_strength():
+    model = net()
+    params = list(model.parameters())
+    groups = [{"params": params[:2], "lam": 0.5}, {"params": params[2:]}]
+    ours = SGD(groups, lr=0.1, momentum=0.9, penalty="l1", lam=0.25, stochastic_rounding=True)
+    theirs = torch.optim.SGD([{"params": params[:2], "lr": 0.3}, {"params": params[2:]}], lr=0.1, momentum=0.9)
+    train(model, theirs, 1)
+    seeds = [group["seed"] for group in ours.param_groups]
+    ours.load_state_dict(theirs.state_dict())
+    assert [group["lam"] for group in ours.param_groups] == [0.5, 0.25]
+    assert [group["lr"] for group in ours.param_groups] == [0.3, 0.1]
+    assert [group["seed"] for group in ours.param_groups] == seeds
+
+
+@pytest.mark.usefixtures("look")
 def test_frozen_weights_are_left_alone(backend, device):
     model = net(torch.float32, device)
     optimizer = SGD(model.parameters(), lr=0.1, penalty=wcr_fast.L1(model), lam=0.1)
@@ -582,6 +650,7 @@ def test_any_layout_of_weights_and_gradients(backend, device, algorithm):
         torch.testing.assert_close(p.detach().double(), wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("look")
 def test_a_change_of_memory_format_takes_the_state_along(backend, device):
     runs = []
     for change in (False, True):
@@ -753,6 +822,14 @@ def _lr_moved(o):
     o.param_groups[0]["lr"] = 0.3
 
 
+def _dampening_off(o):
+    o.param_groups[0]["dampening"] = 0.0
+
+
+def _dampening_on(o):
+    o.param_groups[1]["dampening"] = 0.5  # it was 0: no step was counted so far
+
+
 @pytest.mark.parametrize(
     ("change", "momentum"),
     [
@@ -763,15 +840,18 @@ def _lr_moved(o):
         (_buffers_gone, 0.9),
         (_moved_between_groups, 0.9),
         (_lr_moved, 0.9),
+        (_dampening_off, 0.9),
+        (_dampening_on, 0.9),
     ],
 )
+@pytest.mark.usefixtures("look")
 def test_changes_between_steps_count(backend, device, change, momentum):
     """After two steps, the second of them a repeated one, whatever torch's own optimizer would notice."""
     runs = []
     for kind in (SGD, torch.optim.SGD):
         torch.manual_seed(3)
         params = [nn.Parameter(torch.randn(4, 5, dtype=torch.float64, device=device)) for _ in range(3)]
-        groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.02}]
+        groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.02, "dampening": 0.0}]
         optimizer = kind(groups, momentum=momentum, dampening=0.25)
         for number in range(6):
             for p in params:
@@ -784,6 +864,7 @@ def test_changes_between_steps_count(backend, device, change, momentum):
 
 
 @pytest.mark.parametrize("how", ["group", "regularizer", "tensor"])
+@pytest.mark.usefixtures("look")
 def test_a_strength_that_rises_from_zero(backend, device, how):
     p = nn.Parameter(torch.tensor([[1.0, -2.0]], device=device))
     reg = wcr_fast.L1([p], lam=0.0)
@@ -810,6 +891,7 @@ def test_a_strength_that_rises_from_zero(backend, device, how):
     assert p.tolist() == [[0.5, -1.5]]
 
 
+@pytest.mark.usefixtures("look")
 def test_gradients_of_another_dtype(backend, device):
     if not hasattr(torch.Tensor, "grad_dtype"):
         pytest.skip("torch before 2.10 has no grad_dtype")
@@ -849,6 +931,7 @@ def test_hooks_and_schedulers(backend, device):
     assert isinstance(optimizer, torch.optim.AdamW)
 
 
+@pytest.mark.usefixtures("look")
 def test_a_backward_across_a_step_raises(backend, device):
     p = nn.Parameter(torch.randn(4, 4, device=device))
     optimizer = SGD([p], lr=0.1)

@@ -70,7 +70,6 @@ class Regularizer:
     default_lam: ClassVar[float] = 1e-4
     default_r: ClassVar[float] = 0.0
     _plan: GradPlan | None = None
-    _plan_owners: tuple[list[dict], list[str]] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -232,20 +231,13 @@ class Regularizer:
             return None
         everything = indices is None or len(indices) == len(self._numels)
         if self._plan is not None and everything and not torch.compiler.is_compiling():
-            found = self._plan.grads_of(self._listed())
-            if found is not None:
-                return self._run_plan(*found, lam)
+            addresses = self._plan.addresses()
+            if addresses is not None:
+                return self._run_plan(addresses, lam)
         return self._add_grad_anew(self._active() if indices is None else indices, lam)
 
-    def _listed(self) -> list[Tensor | None]:
-        """Return the plan's weights as the module holds them now, unchecked."""
-        if self._plan_owners is None:
-            return [w.param for w in self._choice.weights]
-        return list(map(dict.get, *self._plan_owners))
-
-    def _run_plan(self, grads: list[Tensor], addresses: list[int], lam: float | Tensor) -> tuple[Tensor, Tensor]:
+    def _run_plan(self, addresses: np.ndarray, lam: float | Tensor) -> tuple[Tensor, Tensor]:
         stats, coef = self._plan.run(addresses, lam, self.r, (self.family, self.eps))
-        torch.autograd.graph.increment_version(grads)
         return coef[0], stats
 
     @torch.no_grad()
@@ -268,13 +260,13 @@ class Regularizer:
         # N is the whole regularizer's: the kernels know only the list they are given.
         rule = (self.family, self.eps) if self.family and len(indices) == len(self._numels) else None
         if rule and not torch.compiler.is_compiling():
-            self._plan = plan_of(params, grads)
+            # A module's weights are looked up where it keeps them: that dictionary lives as long as the module.
+            chosen = zip(self._choice.weights, params, strict=True)
+            owners = [(w.owner[0]._parameters, w.owner[1], p) for w, p in chosen if w.owner]
+            self._plan = plan_of(params, grads, owners)
             if self._plan is not None:
-                # A module's weights are looked up where it keeps them: that dictionary lives as long as the module.
-                owners = [w.owner for w in self._choice.weights if w.owner]
-                kept = [module._parameters for module, _ in owners], [attribute for _, attribute in owners]
-                self._plan_owners = kept if owners else None
-                return self._run_plan(grads, pointers(grads), lam)
+                torch.autograd.graph.increment_version(grads)
+                return self._run_plan(np.array(pointers(grads), dtype=np.int64), lam)
         stats, coef = stats_of(tensors, self.r, rule)
         if coef is None:
             coef = torch.stack(self._derivatives_at(stats, indices))
@@ -293,7 +285,7 @@ class Regularizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # What it is attached to stays here, and so does what was found out of these tensors.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_plan", "_plan_owners")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_optimizers", "_plan")}
 
     def __repr__(self) -> str:
         lam = self.lam.item() if isinstance(self.lam, Tensor) else self.lam

@@ -58,3 +58,8 @@ class Step:
     groups: list[dict[str, Any]]
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+
+    def pulls_at(self, slot: Slot) -> bool:
+        """Tell whether the penalty pulls at a parameter: a strength of 0 counts as none, but a tensor is not read."""
+        lam = self.groups[slot.group]["lam"]
+        return slot.layer >= 0 and (isinstance(lam, Tensor) or lam != 0.0)

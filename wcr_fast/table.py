@@ -61,7 +61,7 @@ class TensorTable:
     block_to_tensor: Tensor  # int32 [chunks]
     positions: tuple[int, ...]
     _scratch: dict[str, Tensor] = field(default_factory=dict)
-    _addresses: tuple[list[int], Tensor] | None = None
+    _addresses: tuple[np.ndarray, Tensor] | None = None
 
     @property
     def num_chunks(self) -> int:
@@ -82,12 +82,12 @@ class TensorTable:
 
         Raises RuntimeError when they would have to be sent while a CUDA graph is captured.
         """
-        return self.sent(pointers(tensors))
+        return self.sent(np.array(pointers(tensors), dtype=np.int64))
 
-    def sent(self, numbers: list[int]) -> Tensor:
-        """Return addresses on the device, as :meth:`addresses` does of tensors."""
-        if self._addresses is None or self._addresses[0] != numbers:
-            self._addresses = numbers, upload(np.array(numbers, dtype=np.int64), self.device)
+    def sent(self, numbers: np.ndarray) -> Tensor:
+        """Return addresses, int64, on the device, as :meth:`addresses` does of tensors."""
+        if self._addresses is None or not np.array_equal(self._addresses[0], numbers):
+            self._addresses = numbers, upload(numbers, self.device)
         keep_for_graph(self.device, self._addresses[1])
         return self._addresses[1]
 

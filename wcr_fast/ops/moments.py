@@ -223,12 +223,17 @@ def add_grad_(
         _add_grad(grads, weights, stats, coef, lam, r)
 
 
-def plan_of(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> GradPlan | None:
-    """Return a plan for adding the gradient to these lists again and again, or None where there is no faster way."""
+def plan_of(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], owners: Sequence[tuple[dict, str, Tensor]]
+) -> GradPlan | None:
+    """Return a plan for adding the gradient to these lists again and again, or None where there is no faster way.
+
+    owners: dictionary, key and weight, for those that have to be found there still.
+    """
     if any(map(is_sharded, weights)):
         return None
     path = path_for(weights)
-    return path.grad_plan(weights, grads) if hasattr(path, "grad_plan") else None
+    return path.grad_plan(weights, grads, owners) if hasattr(path, "grad_plan") else None
 
 
 def layer_moments(weights: Weights, *, r: float = 1e-8) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wcr_fast.optim.fused import FusedOptimizer, ParamsT, PenaltyT
+from wcr_fast.optim.fused import FusedOptimizer, ParamsT
+from wcr_fast.optim.owned import PenaltyT
 from wcr_fast.weights import Exclude
 
 
@@ -94,3 +95,6 @@ class AdamW(FusedOptimizer, torch.optim.AdamW):
 
     def _has(self, group: dict[str, Any], name: str) -> bool:
         return name != "max_exp_avg_sq" or group["amsgrad"]
+
+    def _counts(self, group: dict[str, Any]) -> bool:
+        return True

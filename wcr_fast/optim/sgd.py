@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wcr_fast.optim.fused import FusedOptimizer, ParamsT, PenaltyT
+from wcr_fast.optim.fused import FusedOptimizer, ParamsT
+from wcr_fast.optim.owned import PenaltyT
 from wcr_fast.weights import Exclude
 
 
@@ -92,3 +93,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
 
     def _has(self, group: dict[str, Any], name: str) -> bool:
         return group["momentum"] != 0
+
+    def _counts(self, group: dict[str, Any]) -> bool:
+        return group["momentum"] != 0 and group["dampening"] != 0

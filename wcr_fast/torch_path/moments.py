@@ -51,13 +51,16 @@ class Scratch:
             return torch.abs(x, out=out)
         return torch.addcmul(self.r(x), x, x, out=out).sqrt_()
 
-    def take(self, slot: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    def take(self, slot: str, like: Tensor, dtype: torch.dtype, used: int = 0) -> Tensor:
+        """Return a 1-d buffer as large as ``like``, behind the first ``used`` elements that are still in use."""
         key = (slot, dtype, like.device)
+        end = used + like.numel()
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < like.numel():
-            size = max(like.numel(), min(BLOCK, 4 * like.numel()))
+        if buffer is None or buffer.numel() < end:
+            # Who still uses the old one keeps it.
+            size = max(end, min(BLOCK, 4 * end))
             buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
-        return buffer[: like.numel()]
+        return buffer[used:end]
 
     def widened(self, slot: str, block: Tensor) -> Tensor:
         dtype = compute_dtype(block.dtype)

@@ -1,8 +1,9 @@
 """A fused optimizer's step in torch: its own fused kernels, fed with blocks whose gradient has the penalty's in it.
 
 The penalty's gradient is added in a copy of the gradient, a block at a time and still in cache; the user's gradient
-is not touched. Where weight and state need no such care (no penalty, no mask, one dtype) the whole list goes to torch
-in one call. Moments are taken anew at every step, so no write to a weight can go unnoticed.
+is not touched. Small parameters share a block's room and a call. Where weight and state need no such care (no penalty,
+no mask, one dtype) the whole list goes to torch in one call. Moments are taken anew at every step, so no write to a
+weight can go unnoticed.
 """
 
 from __future__ import annotations
@@ -21,63 +22,80 @@ from wcr_fast.torch_path.moments import BLOCK, Scratch, compute_dtype, pulls, pu
 _CHUNK = 32768  # the noise of stochastic rounding is hashed by chunk and place in it
 
 
-def step_(slots: Sequence[Slot], rule: Rule, step: Step, stats: Tensor | None, coef: Tensor | None) -> PlainStep | None:
-    """Step the slots that have a gradient, or a penalty; see :class:`wcr_fast.optim.FusedOptimizer`.
+class StepPlan:
+    """The step of an optimizer whose parameters and states stay where they are."""
 
-    stats [4, L] and coef [3, L] are those of the penalised weights, by ``slot.layer``, as they are now. Returns what
-    can take the next step, where torch's own kernels took all of this one.
-    """
-    if step.found_inf is not None and step.found_inf.item():
-        return None
-    pull = _pulls(slots, rule, step, stats, coef)
-    scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
-    scratch = Scratch(rule.penalty.r if rule.penalty else 0.0)
-    whole: dict[tuple, list[_Update]] = {}
-    plain = step.found_inf is None
-    for slot, grad in zip(slots, step.grads, strict=True):
-        if grad is None and slot.layer not in pull:
-            continue
-        update = _Update(slot, grad, rule, step.groups[slot.group], pull.get(slot.layer), scale, scratch)
-        if slot.weight.numel() == 0:
-            continue  # counted all the same: other ranks may hold elements
-        if update.is_plain():
-            whole.setdefault((slot.group, slot.weight.device, slot.weight.dtype, update.first), []).append(update)
-        else:
-            plain = False
-            update.run()
-    batches = [_Batch(updates) for updates in whole.values()]
-    for batch, updates in zip(batches, whole.values(), strict=True):
-        batch.run([u.grad for u in updates])
-    return PlainStep(batches) if plain else None
+    def __init__(self, slots: Sequence[Slot], rule: Rule) -> None:
+        self._slots, self._rule = slots, rule
+        self._updates = [_Update(slot, rule) for slot in slots]
+        self._sorted_by: tuple = ()
+        self._batches: list[_Batch] = []
+        self._queued: list[_Update] = []
+
+    def run(self, step: Step, stats: Tensor | None, coef: Tensor | None, *, repeated: bool = False) -> None:
+        """Step every slot that has a gradient, or a penalty; see :class:`wcr_fast.optim.FusedOptimizer`.
+
+        stats [4, L] and coef [3, L] are those of the penalised weights, by ``slot.layer``, as they are now. repeated:
+        all slots have gradients, of the dtypes and layouts that they had when it last ran.
+        """
+        if not repeated:
+            self._sorted_by = ()
+        if step.found_inf is not None and step.found_inf.item():
+            return
+        pull = _pulls(self._slots, self._rule, step, stats, coef)
+        scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
+        stepped = self._begin(step, pull, scale)
+        sorted_by = scale == 1.0, *pull
+        if sorted_by != self._sorted_by:
+            self._sort(stepped)
+            self._sorted_by = sorted_by
+        queue = _Queue(self._rule)
+        for update in self._queued:
+            queue.add(update)
+        queue.flush()
+        for batch in self._batches:
+            batch.run()
+        for update in stepped:
+            update.grad = None  # it is not kept alive until the next step
+
+    def _begin(self, step: Step, pull: dict[int, tuple[float, ...]], scale: float) -> list[_Update]:
+        """Tell the updates what holds for this step, and count it; return those that step."""
+        stepped = []
+        for update, grad in zip(self._updates, step.grads, strict=True):
+            slot = update.slot
+            if grad is not None or slot.layer in pull:
+                update.begin(grad, step.groups[slot.group], pull.get(slot.layer), scale)
+                stepped.append(update)
+        counts = [u.slot.state["step"] for u in stepped if "step" in u.slot.state]
+        if counts:  # of parameters without elements, too: other ranks may hold some
+            torch._foreach_add_(counts, 1.0)
+        return stepped
+
+    def _sort(self, stepped: Sequence[_Update]) -> None:
+        """Find out which parameters torch's kernels can take as they are."""
+        whole: dict[tuple, list[_Update]] = {}
+        self._queued = []
+        for update in stepped:
+            if update.slot.weight.numel() == 0:
+                continue
+            if update.is_plain():
+                whole.setdefault(update.kind(), []).append(update)
+            else:
+                self._queued.append(update)
+        self._batches = [_Batch(updates) for updates in whole.values()]
 
 
 class _Batch:
-    """Parameters of one group that torch's kernel takes in one call."""
+    """Parameters of one kind that torch's kernel takes in one call, as they are."""
 
     def __init__(self, updates: Sequence[_Update]) -> None:
-        self.leader, self.group = updates[0], updates[0].slot.group
-        self.orders = [u.slot.order for u in updates]
-        self.weights = [u.slot.weight.detach() for u in updates]
-        self.states = [[u.slot.state.get(name) for u in updates] for name in STATE_NAMES[self.leader.rule.algorithm]]
-        self.steps = [u.slot.state["step"] for u in updates if "step" in u.slot.state]
+        self._updates = updates
+        self._weights = [u.slot.weight.detach() for u in updates]
+        self._states = [[u.slot.state.get(name) for u in updates] for name in STATE_NAMES[updates[0].rule.algorithm]]
+        self._steps = [u.slot.state["step"] for u in updates if "step" in u.slot.state]
 
-    def run(self, grads: list[Tensor]) -> None:
-        self.leader.call(self.weights, grads, self.states, self.steps)
-
-
-class PlainStep:
-    """A step that torch's kernels take in one call for each group, as long as nothing but gradients changes."""
-
-    def __init__(self, batches: Sequence[_Batch]) -> None:
-        self._batches = batches
-
-    def run(self, grads: Sequence[Tensor], groups: Sequence[dict[str, Any]]) -> None:
-        """Step all parameters, by the gradients in the optimizer's order."""
-        for batch in self._batches:
-            batch.leader.group, batch.leader.first = groups[batch.group], False
-            if batch.steps:
-                torch._foreach_add_(batch.steps, 1.0)
-            batch.run([grads[i] for i in batch.orders])
+    def run(self) -> None:
+        self._updates[0].call(self._weights, [u.grad for u in self._updates], self._states, self._steps)
 
 
 def _pulls(
@@ -93,44 +111,44 @@ def _pulls(
             sizes[slot.layer], lams[slot.layer] = slot.layer_size, float(group["lam"])
             if rule.penalty.mode == "decoupled":
                 lams[slot.layer] *= -float(group["lr"])
-    felt = zip(pulls(stats, coef, sizes, lams), lams, strict=True)
-    return {layer: pull for layer, (pull, lam) in enumerate(felt) if lam != 0.0}
+    felt = {slot.layer for slot in slots if step.pulls_at(slot)}
+    return {layer: pull for layer, pull in enumerate(pulls(stats, coef, sizes, lams)) if layer in felt}
 
 
 class _Update:
-    """The step of one parameter, in blocks; counts it in the state."""
+    """The step of one parameter: what stays, and after ``begin`` what holds for this step."""
 
-    def __init__(
-        self,
-        slot: Slot,
-        grad: Tensor | None,
-        rule: Rule,
-        group: dict[str, Any],
-        pull: tuple[float, ...] | None,
-        scale: float,
-        scratch: Scratch,
-    ) -> None:
-        self.slot, self.grad, self.rule, self.group = slot, grad, rule, group
-        self.pull, self.scale, self.scratch = pull, scale, scratch
-        self.names = [name for name in STATE_NAMES[rule.algorithm] if slot.state.get(name) is not None]
-        self.count = int(slot.state["step"].item()) if "step" in slot.state else 1  # the steps before this one
-        self.first = self.count == 0
-        if "step" in slot.state:
-            slot.state["step"] += 1
+    grad: Tensor | None
+    group: dict[str, Any]
+    pull: tuple[float, ...] | None
+    scale: float
+    count = 1  # of the steps before this one, where it matters
+
+    def __init__(self, slot: Slot, rule: Rule) -> None:
+        self.slot, self.rule = slot, rule
+        self._counts = "step" in slot.state and (rule.algorithm == "sgd" or rule.stochastic)
+        self.names = [name for name in STATE_NAMES[rule.algorithm] if name in slot.state]
+        self._blocks: list[_Block] | None = None
+
+    def begin(self, grad: Tensor | None, group: dict[str, Any], pull: tuple[float, ...] | None, scale: float) -> None:
+        self.grad, self.group, self.pull, self.scale = grad, group, pull, scale
+        if self._counts:
+            self.count = int(self.slot.state["step"].item())
+
+    def kind(self) -> tuple:
+        """Return what the parameters of one call have in common."""
+        weight = self.slot.weight
+        return self.slot.group, weight.device, compute_dtype(weight.dtype), self.count == 0
 
     def is_plain(self) -> bool:
         """Tell whether torch's own kernel can take the arrays as they are."""
         weight = self.slot.weight
-        arrays = [self.grad, *(self.slot.state[name] for name in self.names)]
         special = self.pull or self.slot.words is not None or self.rule.master or self.rule.stochastic
-        return (
-            not special
-            and self.scale == 1.0
-            # 16-bit weights are stepped in float32: torch 2.13's fused SGD is wrong for them on the CPU.
-            and weight.dtype == compute_dtype(weight.dtype)
-            and is_dense(weight)
-            and all(t.dtype == weight.dtype and same_layout(weight, t) for t in arrays)
-        )
+        # 16-bit weights are stepped in float32: torch 2.13's fused SGD is wrong for them on the CPU.
+        if special or self.scale != 1.0 or weight.dtype != compute_dtype(weight.dtype) or not is_dense(weight):
+            return False
+        arrays = [self.grad, *(self.slot.state[name] for name in self.names)]
+        return all(t.dtype == weight.dtype and same_layout(weight, t) for t in arrays)
 
     def call(
         self,
@@ -153,7 +171,7 @@ class _Update:
                 dampening=float(group["dampening"]),
                 nesterov=bool(group["nesterov"]),
                 maximize=bool(group["maximize"]),
-                is_first_step=self.first,
+                is_first_step=self.count == 0,
             )
         else:
             torch._fused_adamw_(
@@ -172,64 +190,140 @@ class _Update:
                 maximize=bool(group["maximize"]),
             )
 
-    def run(self) -> None:
-        """Step the parameter a block at a time; arrays laid out otherwise than the weight take a copy."""
+    def blocks(self) -> list[_Block]:
+        """Return the parameter in blocks of memory order; arrays laid out otherwise than the weight take a copy."""
+        if self._blocks is not None:
+            return self._blocks
         weight, state = self.slot.weight.detach(), self.slot.state
-        dense = weight if is_dense(weight) else weight.clone()
         arrays = {name: state[name] for name in (*self.names, "master", "remainder") if name in state}
-        copies = {name: _laid_out(t, dense) for name, t in arrays.items()}
-        if self.grad is not None:
-            copies["grad"] = _laid_out(self.grad, dense)
-        flat = {name: flat_view(t) for name, t in copies.items()}
-        values = flat_view(dense)
+        self._dense = weight if is_dense(weight) else weight.clone()
+        copies = {name: _laid_out(t, self._dense) for name, t in arrays.items()}
+        pairs = [(weight, self._dense), *((arrays[name], copies[name]) for name in arrays)]
+        self._copied = [(into, made) for into, made in pairs if into.data_ptr() != made.data_ptr()]
+        values, flat = flat_view(self._dense), {name: flat_view(t) for name, t in copies.items()}
         size = BLOCK if weight.device.type == "cpu" else values.numel()
+        blocks = []
         for start in range(0, values.numel(), size):
-            self._step_block(start, values[start : start + size], {k: t[start : start + size] for k, t in flat.items()})
-        for name, array in arrays.items():
-            if copies[name].data_ptr() != array.data_ptr():
-                array.copy_(copies[name])
-        if dense is not weight:
-            weight.copy_(dense)
+            here = slice(start, start + size)
+            blocks.append(_Block(self, start, values[here], {name: t[here] for name, t in flat.items()}))
+        blocks[-1].is_last = True
+        if not self._copied:
+            self._blocks = blocks  # views: they serve every step
+        return blocks
 
-    def _step_block(self, start: int, stored: Tensor, arrays: dict[str, Tensor]) -> None:
+    def flat_grad(self) -> Tensor | None:
+        """Return the gradient in the order of the blocks."""
+        return None if self.grad is None else flat_view(_laid_out(self.grad, self._dense))
+
+    def finish(self) -> None:
+        """Write copies back to where they were taken from, when all blocks are done."""
+        for into, made in self._copied:
+            into.copy_(made)
+
+
+class _Block:
+    """Some elements of one parameter: from what is stored to what is stored anew."""
+
+    is_last = False
+
+    def __init__(self, update: _Update, start: int, stored: Tensor, arrays: dict[str, Tensor]) -> None:
+        self.update, self.start, self.stored, self.arrays = update, start, stored, arrays
+
+    def prepare(self, grad: Tensor | None, scratch: Scratch, used: int) -> None:
+        """Make ready what torch's kernel is given, in the dtype of the arithmetic: values, gradient and state."""
+        update, stored = self.update, self.stored
         dtype = compute_dtype(stored.dtype)
-        wide = stored.to(dtype)  # the weights themselves where they have the dtype of the arithmetic
-        g = self.scratch.take("gradient", wide, dtype)
-        g.copy_(arrays["grad"]) if "grad" in arrays else g.zero_()
-        if self.scale != 1.0:
-            g.mul_(self.scale)
-        pull = None
-        if self.pull is not None:
-            if self.rule.penalty.mode == "coupled":
-                put(g, wide, self.pull, self.scratch, add=True)
+        wide = _widened(stored, dtype)
+        g = self.gradient = scratch.take("gradient", wide, dtype, used)
+        if grad is None:
+            g.zero_()
+        else:
+            g.copy_(grad if self.is_last and self.start == 0 else grad[self.start : self.start + g.numel()])
+        if update.scale != 1.0:
+            g.mul_(update.scale)
+        self.pull = None
+        if update.pull is not None:
+            if update.rule.penalty.mode == "coupled":
+                put(g, wide, update.pull, scratch, add=True)
             else:
-                pull = self.scratch.take("pull", wide, dtype)
-                put(pull, wide, self.pull, self.scratch, add=False)
-        x = _current(stored, wide, arrays)
-        states = {name: arrays[name].to(dtype) for name in self.names}
-        columns = [[states.get(name)] for name in STATE_NAMES[self.rule.algorithm]]
-        self.call([x], [g], columns, [self.slot.state.get("step")])
-        if pull is not None:
-            x.add_(pull)
-        if self.slot.words is not None:
-            keep_block_((x, *states.values()), self.slot.words, start)
-        for name, t in states.items():
-            if t is not arrays[name]:
-                arrays[name].copy_(t)
-        self._store(start, stored, x, arrays)
+                self.pull = scratch.take("pull", wide, dtype, used)
+                put(self.pull, wide, update.pull, scratch, add=False)
+        self.values = _current(stored, wide, self.arrays)
+        self.states = {name: _widened(self.arrays[name], dtype) for name in update.names}
 
-    def _store(self, start: int, stored: Tensor, x: Tensor, arrays: dict[str, Tensor]) -> None:
+    def finish(self) -> None:
+        """Add what goes outside of the kernel, enforce the mask, and store."""
+        if self.pull is not None:
+            self.values.add_(self.pull)
+        if self.update.slot.words is not None:
+            keep_block_((self.values, *self.states.values()), self.update.slot.words, self.start)
+        for name, t in self.states.items():
+            if t is not self.arrays[name]:
+                self.arrays[name].copy_(t)
+        self._store()
+        del self.values, self.gradient, self.pull, self.states
+        if self.is_last:
+            self.update.finish()
+
+    def _store(self) -> None:
         """Write new values back, rounded as the rule says."""
+        update, arrays, stored, x = self.update, self.arrays, self.stored, self.values
         if "remainder" in arrays:
             bits = torch.where(x == x, x, torch.full_like(x, torch.nan)).view(torch.int32)
             high = (bits + 0x8000) >> 16
             arrays["remainder"].copy_(bits - (high << 16))
             stored.view(torch.int16).copy_(high)
-        elif self.rule.stochastic and stored.dtype == torch.bfloat16:
-            key = _mixed(_mixed((int(self.group["seed"]) & _WORD) ^ self.slot.order) ^ self.count)
-            stored.copy_(_rounded_at_random(x, key, start))
-        elif x.data_ptr() != stored.data_ptr():
+        elif update.rule.stochastic and stored.dtype == torch.bfloat16:
+            key = _mixed(_mixed((int(update.group["seed"]) & _WORD) ^ update.slot.order) ^ update.count)
+            stored.copy_(_rounded_at_random(x, key, self.start))
+        elif x is not stored:
             stored.copy_(x)
+
+
+class _Queue:
+    """Blocks that wait for one call of torch's kernel: as many of one kind as make up a block, still in cache."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._names = STATE_NAMES[rule.algorithm]
+        self._scratch = Scratch(rule.penalty.r if rule.penalty else 0.0)
+        self._kind: tuple = ()
+        self._blocks: list[_Block] = []
+        self._used = 0
+
+    def add(self, update: _Update) -> None:
+        """Make a parameter's blocks ready, and have those called that don't fit in with them."""
+        kind = update.kind()
+        if kind != self._kind:
+            self.flush()
+            self._kind = kind
+        blocks = update.blocks()
+        grad = update.flat_grad()
+        for block in blocks:
+            size = block.stored.numel()
+            if self._used + size > BLOCK:
+                self.flush()
+            block.prepare(grad, self._scratch, self._used)
+            self._blocks.append(block)
+            self._used += size
+
+    def flush(self) -> None:
+        """Step the blocks that wait."""
+        if not self._blocks:
+            return
+        blocks, self._blocks, self._used = self._blocks, [], 0
+        blocks[0].update.call(
+            [b.values for b in blocks],
+            [b.gradient for b in blocks],
+            [[b.states.get(name) for b in blocks] for name in self._names],
+            [b.update.slot.state["step"] for b in blocks if "step" in b.update.slot.state],
+        )
+        for block in blocks:
+            block.finish()
+
+
+def _widened(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values in the dtype of the arithmetic: themselves where they have it."""
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:

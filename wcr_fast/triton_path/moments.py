@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,20 +19,10 @@ from wcr_fast.table import (
     group,
     keep_for_graph,
     on_device,
-    pointers,
 )
 from wcr_fast.torch_path.layout import is_dense, same_layout
 from wcr_fast.torch_path.moments import compute_dtype
-
-try:  # compares a list's types, dtypes, devices, sizes, strides and requires_grad in one call of C++
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:  # torch moved it: every call is prepared anew
-    TensorGuards = None
-
-_grad = attrgetter("grad")
-
-# Tensors that a plan looks at together: what it reads of them stays in cache from one look to the next.
-_PIECE = 256
+from wcr_fast.watch import Watch, watch
 
 
 def _dense(tensor: Tensor) -> Tensor:
@@ -173,55 +163,29 @@ def add_grad_(
             grad.detach().copy_(out)
 
 
-class _Piece:
-    """What some weights and their gradients looked like."""
-
-    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        self.weights, self.grads = (
-            TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None) for tensors in (weights, grads)
-        )
-        self.pointers = pointers(weights)
-
-    def grads_of(self, weights: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return the weights' gradients; None where anything but the gradients' addresses has changed."""
-        if not self.weights.check(*weights) or pointers(weights) != self.pointers:
-            return None
-        grads = list(map(_grad, weights))
-        return grads if self.grads.check(*grads) else None
-
-
 class GradPlan:
     """Moments and gradient of a list that stays as it is: what a call has to find out is kept for the next.
 
     Made by :func:`grad_plan`. Stats and coef belong to the plan: the next run overwrites them.
     """
 
-    def __init__(self, weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        self._device = weights[0].device
-        pieces = range(0, len(weights), _PIECE)
-        self._pieces = [(i, _Piece(weights[i : i + _PIECE], grads[i : i + _PIECE])) for i in pieces]
+    def __init__(self, weights: Sequence[Tensor], looking: Watch) -> None:
+        self._device, self._watch = weights[0].device, looking
         self._around = active_backend(), current_stream(self._device)
         self._tables = [_table(weights, positions) for positions in group(weights)]
         both = torch.empty((7, len(weights)), dtype=torch.float64, device=self._device)
         self._stats, self._coef = both[:4], both[4:]
         self._total = sum(w.numel() for w in weights)
 
-    def grads_of(self, weights: Sequence[Tensor]) -> tuple[list[Tensor], list[int]] | None:
-        """Return the weights' gradients and their addresses; None where anything else is not as it was."""
+    def addresses(self) -> np.ndarray | None:
+        """Return where the gradients lie, about to be written; None where anything else is not as it was."""
         if self._around != (active_backend(), current_stream(self._device)):
             return None
-        grads: list[Tensor] = []
-        addresses: list[int] = []
-        for start, piece in self._pieces:
-            found = piece.grads_of(weights[start : start + _PIECE])
-            if found is None:
-                return None
-            grads += found
-            addresses += pointers(found)
-        return grads, addresses
+        found = self._watch.look()
+        return None if found is None else found[0]
 
     def run(
-        self, addresses: list[int], lam: float | Tensor, r: float, rule: tuple[str, float]
+        self, addresses: np.ndarray, lam: float | Tensor, r: float, rule: tuple[str, float]
     ) -> tuple[Tensor, Tensor]:
         """Add lam times the gradient of the rule's penalty, in two launches a dtype; return stats and coef."""
         stats, coef, device = self._stats, self._coef, self._device
@@ -230,23 +194,26 @@ class GradPlan:
             for table in self._tables:
                 _launch_moments(table, stats, coef, r, rule, self._total)
             for table in self._tables:
-                here = addresses if len(self._tables) == 1 else [addresses[i] for i in table.positions]
+                here = addresses if len(self._tables) == 1 else addresses[list(table.positions)]
                 _launch_gradient(table, table.sent(here), stats, coef, lam, r, accumulate=True)
         return stats, coef
 
 
-def grad_plan(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> GradPlan | None:
+def grad_plan(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], owners: Sequence[tuple[dict, str, Tensor]]
+) -> GradPlan | None:
     """Return the plan of non-empty weights and their gradients, or None where a call has more to do than launches.
 
     One device, dense, each gradient with its weight's dtype and layout, and no graph being captured: it could not
-    keep what was allocated on the way.
+    keep what was allocated on the way. owners: where the weights have to be found still.
     """
     device = weights[0].device
     plain = all(
         w.device == g.device == device and w.dtype == g.dtype and w.numel() and is_dense(w) and same_layout(g, w)
         for w, g in zip(weights, grads, strict=True)
     )
-    return GradPlan(weights, grads) if plain and TensorGuards and not capturing(device) else None
+    looking = watch(weights, entries=owners, grads_written=True) if plain and not capturing(device) else None
+    return None if looking is None else GradPlan(weights, looking)
 
 
 def grads(tensors: Sequence[Tensor], stats: Tensor, coef: Tensor, r: float) -> list[Tensor]:

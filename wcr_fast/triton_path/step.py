@@ -57,9 +57,10 @@ def _numbers(groups: Sequence[dict[str, Any]], default: Any) -> tuple[list[Any],
     """Return the options of all groups, to be compared by identity, and places and values of those that are tensors."""
     values = [value for group in groups for name, value in group.items() if name != "params"] + [default]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    tensors += [beta for group in groups for beta in group.get("betas", ()) if isinstance(beta, Tensor)]
-    # Those on the CPU are read by the host, so their values count, too.
-    return values, [t.data_ptr() for t in tensors] + [t.item() for t in tensors if t.device.type == "cpu"]
+    betas = [beta for group in groups for beta in group.get("betas", ()) if isinstance(beta, Tensor)]
+    # What the host reads counts by its value, too; where that would wait for a device, by its version.
+    read = [t.item() for t in tensors + betas if t.device.type == "cpu"]
+    return values, [t.data_ptr() for t in tensors + betas] + read + [t._version for t in betas]
 
 
 # Kernels write these by their address, which the host's allocator can't know of: they are never given back.
@@ -103,14 +104,15 @@ class _Launch:
     constants: dict[str, Any]
     grad_dtype: torch.dtype
     weights: list[Tensor]  # dense: a weight with gaps is copied here before the launch, and back after it
-    sent: list[int] | None = None
+    sent: np.ndarray | None = None
     grad_addrs: Tensor | None = None
     copies: list[Tensor] = field(default_factory=list)
 
-    def send(self, addresses: list[int]) -> None:
+    def send(self, addresses: np.ndarray) -> None:
         """Bring the gradients' addresses up to date on the device."""
-        self.grad_addrs = send(np.array(addresses, dtype=np.int64), self.on.device, self.grad_addrs)
-        self.sent = addresses
+        if self.sent is None or not np.array_equal(addresses, self.sent):
+            self.grad_addrs = send(addresses, self.on.device, self.grad_addrs)
+            self.sent = addresses
 
 
 class StepPlan:
@@ -265,7 +267,7 @@ class StepPlan:
     def _count_empty(self, step: Step) -> None:
         """Count the step of parameters without elements here: other ranks may hold some."""
         for slot, grad in zip(self.slots, step.grads, strict=True):
-            if "step" in slot.state and not slot.weight.numel() and (grad is not None or _pulled(slot, step)):
+            if "step" in slot.state and not slot.weight.numel() and (grad is not None or step.pulls_at(slot)):
                 taken = 1.0 if step.found_inf is None else 1.0 - step.found_inf.to(slot.weight.device)
                 slot.state["step"] += taken
 
@@ -303,7 +305,7 @@ class StepPlan:
 
     def repeat(
         self,
-        addresses: list[int],
+        addresses: np.ndarray,
         groups: Sequence[dict[str, Any]],
         default_lam: float | Tensor,
         grad_scale: Tensor | None,
@@ -318,9 +320,7 @@ class StepPlan:
                 on.send(filled, self.rule)
             self._seen = numbers, places
         for launch in self.launches:
-            here = addresses if len(self.launches) == 1 else [addresses[i] for i in launch.places]
-            if here != launch.sent:
-                launch.send(here)
+            launch.send(addresses if len(self.launches) == 1 else addresses[launch.places])
             self._launch(launch, grad_scale, found_inf)
 
     def _copy_in(self, launch: _Launch) -> None:
@@ -334,20 +334,13 @@ class StepPlan:
         for i, weight in zip(launch.places, launch.weights, strict=True):
             grad = step.grads[i]
             if grad is None:
-                pointers.append(PENALTY_ONLY if _pulled(self.slots[i], step) else 0)
+                pointers.append(PENALTY_ONLY if step.pulls_at(self.slots[i]) else 0)
                 continue
             if not same_layout(weight, grad):
                 grad = torch.empty_like(weight, dtype=grad.dtype).copy_(grad.detach())
                 launch.copies.append(grad)
             pointers.append(grad.data_ptr())
-        if pointers != launch.sent:
-            launch.send(pointers)
-
-
-def _pulled(slot: Slot, step: Step) -> bool:
-    """Tell whether the penalty pulls at a parameter."""
-    lam = step.groups[slot.group]["lam"]
-    return slot.layer >= 0 and (isinstance(lam, Tensor) or lam != 0.0)
+        launch.send(np.array(pointers, dtype=np.int64))
 
 
 def _dense(weight: Tensor) -> Tensor:

@@ -1,0 +1,311 @@
+"""What a repeated call looks at: both ways to look find every change, and nothing else; building the compiled one."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from operator import attrgetter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from wcr_fast import native
+from wcr_fast.watch import watch
+
+_version = attrgetter("_version")
+
+
+class Scene:
+    """Parameters with gradients, a state for each, and a module that holds the first one."""
+
+    def __init__(self, grads_written=False, count=3):
+        torch.manual_seed(0)
+        self.params = [nn.Parameter(torch.randn(2, 3 + i)) for i in range(count)]
+        for p in self.params:
+            p.grad = torch.randn_like(p)
+        self.states = [{"momentum_buffer": torch.zeros_like(p), "step": torch.zeros(())} for p in self.params]
+        self.module = nn.Module()
+        self.module.weight = self.params[0]
+        self.written = [p.grad for p in self.params] if grads_written else self.params
+        entries = [(state, name, t) for state in self.states for name, t in state.items()]
+        entries.append((self.module._parameters, "weight", self.params[0]))
+        arrays = [state["momentum_buffer"] for state in self.states]
+        self.watch = watch(self.params, entries=entries, arrays=arrays, counted=[0, 2], grads_written=grads_written)
+
+    def look(self):
+        return self.watch.look(list(self.params))
+
+
+def replaced_gradient(s):
+    s.params[1].grad = torch.ones_like(s.params[1])
+
+
+def written_weight(s):
+    with torch.no_grad():
+        s.params[2].add_(1.0)
+
+
+HARMLESS = [lambda s: None, replaced_gradient, written_weight]
+
+
+def no_gradient(s):
+    s.params[1].grad = None
+
+
+def gradient_of_another_layout(s):
+    s.params[1].grad = torch.ones(4, 2).t()
+
+
+def gradient_of_another_dtype(s):
+    s.params[1].grad_dtype = None
+    s.params[1].grad = torch.ones(2, 4, dtype=torch.bfloat16)
+
+
+def sparse_gradient(s):
+    s.params[1].grad = torch.ones(2, 4).to_sparse()
+
+
+def moved_weight(s):
+    s.params[1].data = s.params[1].data.clone()
+
+
+def weight_of_another_dtype(s):
+    s.params[1].data = s.params[1].data.double()
+
+
+def transposed_weight(s):
+    s.params[1].data = s.params[1].data.view(4, 2).t()
+
+
+def frozen_weight(s):
+    s.params[1].requires_grad_(False)
+
+
+def other_parameter(s):
+    s.params[1] = nn.Parameter(s.params[1].data)
+    s.params[1].grad = torch.ones_like(s.params[1])
+
+
+def parameter_gone(s):
+    s.params.pop()
+
+
+def replaced_in_the_module(s):
+    s.module.weight = nn.Parameter(s.params[0].data)
+
+
+def removed_from_the_module(s):
+    del s.module.weight
+
+
+def replaced_state(s):
+    s.states[2]["momentum_buffer"] = s.states[2]["momentum_buffer"].clone()
+
+
+def replaced_step(s):
+    s.states[2]["step"] = torch.zeros(())
+
+
+def missing_state(s):
+    del s.states[1]["momentum_buffer"]
+
+
+def state_of_none(s):
+    s.states[1]["momentum_buffer"] = None
+
+
+def moved_state(s):
+    array = s.states[1]["momentum_buffer"]
+    array.data = array.data.clone()
+
+
+CHANGES = [
+    no_gradient,
+    gradient_of_another_layout,
+    gradient_of_another_dtype,
+    sparse_gradient,
+    moved_weight,
+    weight_of_another_dtype,
+    transposed_weight,
+    frozen_weight,
+    other_parameter,
+    parameter_gone,
+    replaced_in_the_module,
+    removed_from_the_module,
+    replaced_state,
+    replaced_step,
+    missing_state,
+    state_of_none,
+    moved_state,
+]
+
+
+@pytest.mark.parametrize("grads_written", [False, True])
+def test_an_undisturbed_look(look, grads_written):
+    scene = Scene(grads_written)
+    before = list(map(_version, scene.written))
+    for number, change in enumerate(HARMLESS):
+        change(scene)
+        counted = [scene.params[i]._version for i in (0, 2)]
+        addresses, versions = scene.look()
+        assert addresses.tolist() == [p.grad.data_ptr() for p in scene.params]
+        assert versions.tolist() == counted
+        written = [p.grad for p in scene.params] if grads_written else scene.params
+        if number == 0:
+            assert list(map(_version, written)) == [v + 1 for v in before]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_is_seen(look, change):
+    scene = Scene()
+    assert scene.look() is not None
+    if change is gradient_of_another_dtype and not hasattr(torch.Tensor, "grad_dtype"):
+        pytest.skip("torch before 2.10 has no grad_dtype")
+    change(scene)
+    before = list(map(_version, scene.params))
+    assert scene.look() is None
+    assert list(map(_version, scene.params)) == before
+
+
+def test_many_parameters(look):
+    """More than are looked at together, and a change in the last of them."""
+    scene = Scene(count=300)
+    assert scene.look()[0].tolist() == [p.grad.data_ptr() for p in scene.params]
+    scene.states[-1]["momentum_buffer"] = torch.zeros_like(scene.params[-1])
+    assert scene.look() is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.lists(st.sampled_from([*HARMLESS, *CHANGES]), max_size=4))
+def test_both_ways_agree(changes):
+    """The same changes done to two equal scenes, one watched by each."""
+    try:
+        compiled = native.build()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    found = []
+    for module in (None, compiled):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "_module", module)
+            scene = Scene()
+            for change in changes:
+                # one that undoes what another has done already may fail
+                with contextlib.suppress(AttributeError, IndexError, KeyError, RuntimeError):
+                    change(scene)
+            seen = scene.look()
+            found.append(None if seen is None else seen[1].tolist())
+    assert found[0] == found[1]
+
+
+def test_a_look_keeps_no_references(look):
+    scene = Scene()
+    objects = [*scene.params, *scene.states, *(p.grad for p in scene.params), scene.module._parameters]
+    before = [sys.getrefcount(o) for o in objects]
+    for _ in range(100):
+        scene.look()
+    assert [sys.getrefcount(o) for o in objects] == before
+
+
+def test_the_compiled_one_takes_over(monkeypatch):
+    try:
+        compiled = native.build()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(native, "_module", None)
+    scene = Scene()
+    first = scene.look()
+    assert scene.watch._compiled is None
+    monkeypatch.setattr(native, "_module", compiled)
+    scene.look()
+    assert scene.watch._compiled is not None
+    assert scene.look()[1].tolist() == [v + 2 for v in first[1]]
+
+
+def test_what_cannot_be_watched():
+    p = nn.Parameter(torch.ones(3))
+    assert watch([p]) is None  # no gradient
+    p.grad = torch.ones(3)
+
+    class Special(torch.Tensor):
+        pass
+
+    assert watch([p], arrays=[torch.ones(3).as_subclass(Special)]) is None
+    assert watch([p]) is not None
+
+
+# --- building it ---------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import threading
+import torch
+from wcr_fast import native
+print(native.state())
+native.request()
+for thread in threading.enumerate():
+    if thread.name == "wcr_fast.native":
+        thread.join()
+print(native.state())
+print(native.module() is not None)
+"""
+
+
+def run(**env):
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+def test_without_a_compiler_everything_goes_on(tmp_path):
+    before, after, loaded = run(CXX="false", WCR_FAST_CACHE=str(tmp_path / "cache"))
+    assert before.startswith("not built yet")
+    assert after.startswith("failed: false failed with exit code 1")
+    assert loaded == "False"
+    assert list((tmp_path / "cache").iterdir()) == []
+    _, after, _ = run(CXX=str(tmp_path / "missing"), WCR_FAST_CACHE=str(tmp_path / "cache"))
+    assert after.startswith("failed: ")
+    (tmp_path / "file").touch()
+    _, after, _ = run(WCR_FAST_CACHE=str(tmp_path / "file"))
+    assert after.startswith("failed: ")
+
+
+def test_it_can_be_switched_off(tmp_path):
+    off = "off (WCR_FAST_NATIVE=0)"
+    assert run(WCR_FAST_NATIVE="0", WCR_FAST_CACHE=str(tmp_path)) == [off, off, "False"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_built_anew(tmp_path):
+    try:
+        built = native.build().__file__
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nexec cp {built} "$2"\n')
+    compiler.chmod(0o755)
+    damaged = tmp_path / "cache" / Path(built).name
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"not a library")
+    before, after, loaded = run(CXX="false", WCR_FAST_CACHE=str(damaged.parent))
+    assert before.startswith("built, ")
+    assert after.startswith("failed: false failed")
+    assert loaded == "False"
+    before, after, loaded = run(CXX=str(compiler), WCR_FAST_CACHE=str(damaged.parent))
+    assert after == f"loaded, {damaged}"
+    assert loaded == "True"
+    assert [f.name for f in damaged.parent.iterdir()] == [damaged.name]
+
+
+def test_a_built_one_is_loaded_at_once():
+    try:
+        native.build()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    before, after, loaded = run()
+    assert before.startswith("built, ")
+    assert after.startswith("loaded, ")
+    assert loaded == "True"
