@@ -34,6 +34,7 @@ from ._tile import (
 )
 from .launch import CHUNK, TRITON_DTYPES, LaunchConfig, Variant, config, launch
 from .moments import add_moments, close_moments, finish_layer, open_moments
+from .update import adamw, joined, mixed, rounded_at_random, sgd, split
 
 _CHUNK = tl.constexpr(CHUNK)
 
@@ -97,66 +98,6 @@ def _setting(settings_ptr, addresses_ptr, COLUMN: tl.constexpr, TENSOR: tl.const
 
 
 @triton.jit
-def _mixed(x):
-    """Scramble 32 bits (lowbias32, Chris Wellons, public domain)."""
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= x >> 15
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _rounded_at_random(x, key, offs):
-    """Round float32 to a bfloat16 value, up with the probability of the part cut off; inf and NaN stay."""
-    bits = x.to(tl.uint32, bitcast=True)
-    noise = _mixed(key ^ offs.to(tl.uint32)) & 0xFFFF
-    rounded = ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(x) < float("inf"), rounded, x)
-
-
-@triton.jit
-def _joined(stored, remainder):
-    """Return the float32 whose nearest bfloat16 is ``stored`` and whose low bits are ``remainder``; 0 for 0."""
-    high = stored.to(tl.int16, bitcast=True).to(tl.int32) << 16
-    joined = (high + remainder.to(tl.int32)).to(tl.float32, bitcast=True)
-    return tl.where(high * 2 == 0, 0.0, joined)  # pruned since by somebody else: what it lacked is no longer meant
-
-
-@triton.jit
-def _split(x):
-    """Return the nearest bfloat16 (halves away from zero) and what is missing, as int16."""
-    bits = tl.where(x == x, x, float("nan")).to(tl.int32, bitcast=True)  # one NaN: no carry into the sign
-    high = (bits + 0x8000) >> 16
-    return high.to(tl.int16).to(tl.bfloat16, bitcast=True), (bits - (high << 16)).to(tl.int16)
-
-
-@triton.jit
-def _sgd(x, g, first, numbers, MOMENTUM: tl.constexpr):
-    """Return the new value and momentum buffer."""
-    minus_lr, weight_decay, mu, share, nesterov = numbers
-    g = tl.fma(x, weight_decay, g)
-    if MOMENTUM:
-        first = tl.fma(g, share, mu * first)
-        g = tl.where(nesterov, tl.fma(first, mu, g), first)
-    return tl.fma(g, minus_lr, x), first
-
-
-@triton.jit
-def _adamw(x, g, first, second, third, numbers, AMSGRAD: tl.constexpr):
-    """Return the new value, both moments of the gradient and the largest second one."""
-    minus_step, kept, share, beta2, share2, root, eps = numbers
-    first = tl.fma(g - first, share, first)
-    second = tl.fma(g * g, share2, second * beta2)
-    if AMSGRAD:
-        third = tl.maximum(third, second, propagate_nan=tl.PropagateNan.ALL)
-        spread = tl.sqrt(third)
-    else:
-        spread = tl.sqrt(second)
-    return tl.fma(first / tl.fma(spread, root, eps), minus_step, x * kept), first, second, third
-
-
-@triton.jit
 def _step_block(
     i,
     lanes,
@@ -194,7 +135,7 @@ def _step_block(
         # A weight that somebody else wrote since counts, not the master copy of its old value.
         x = tl.where(narrow(master, raw.dtype) == raw, master, stored)
     elif MASTER == "remainder":
-        x = _joined(raw, tl.load(master_ptr + offs, mask=mask, other=0 if MASKED else None))
+        x = joined(raw, tl.load(master_ptr + offs, mask=mask, other=0 if MASKED else None))
     if MASKED:
         g = wide(tl.load(grad_ptr + offs, mask=offs < grad_count, other=0.0)).to(x.dtype)
     else:
@@ -212,13 +153,13 @@ def _step_block(
     if ALGORITHM == "sgd":
         if MOMENTUM:
             first = wide(tl.load(first_ptr + offs, mask=mask, other=other)).to(x.dtype)
-        new, first = _sgd(x, g, first, numbers, MOMENTUM)
+        new, first = sgd(x, g, first, numbers, MOMENTUM)
     else:
         first = wide(tl.load(first_ptr + offs, mask=mask, other=other)).to(x.dtype)
         second = wide(tl.load(second_ptr + offs, mask=mask, other=other)).to(x.dtype)
         if AMSGRAD:
             third = wide(tl.load(third_ptr + offs, mask=mask, other=other)).to(x.dtype)
-        new, first, second, third = _adamw(x, g, first, second, third, numbers, AMSGRAD)
+        new, first, second, third = adamw(x, g, first, second, third, numbers, AMSGRAD)
         if PENALTY == "decoupled":
             new = tl.where(penalised, tl.fma(pull, decoupled, new), new)
     if MASK:
@@ -229,13 +170,13 @@ def _step_block(
         third = tl.where(keep, third, 0.0)
 
     if MASTER == "remainder":
-        rounded, remainder = _split(new)
+        rounded, remainder = split(new)
         tl.store(master_ptr + offs, remainder, mask=mask)
     else:
         if MASTER == "float32":
             tl.store(master_ptr + offs, new, mask=mask)
         if STOCHASTIC:
-            new = _rounded_at_random(new, key, offs)
+            new = rounded_at_random(new, key, offs)
         rounded = narrow(new, raw.dtype)
     tl.store(weight_ptr + offs, rounded, mask=mask)
     if ALGORITHM == "adamw" or MOMENTUM:
@@ -407,10 +348,8 @@ def _step_kernel(
             factor = sign / tl.load(grad_scale_ptr).to(tl.float64)
         key = tl.full((), 0, tl.uint32)
         if STOCHASTIC:
-            key = _mixed(
-                tl.load(group_ptr + _SEED).to(tl.int64).to(tl.uint32) ^ tl.load(row_ptr + _ORDER).to(tl.uint32)
-            )
-            key = _mixed(_mixed(key ^ t.to(tl.int64).to(tl.uint32)) ^ chunk.to(tl.uint32))
+            key = mixed(tl.load(group_ptr + _SEED).to(tl.int64).to(tl.uint32) ^ tl.load(row_ptr + _ORDER).to(tl.uint32))
+            key = mixed(mixed(key ^ t.to(tl.int64).to(tl.uint32)) ^ chunk.to(tl.uint32))
         r = tl.load(group_ptr + _R).to(COMPUTE)
         zero = tl.full((), 0.0, COMPUTE)
         layer = (zero, zero, zero, zero, zero, r)
