@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import magnitudes, penalty_and_grads, penalty_term
+from reference import magnitudes, penalty_and_grads
 from reference_optim import STEPS, Trainer, unit
 from torch import nn
 
@@ -154,39 +154,27 @@ def scales_of(algorithm, options, old, state, grad, pull_terms, new, new_state):
         if name != "step":
             share = {"exp_avg": 0.1 * terms, "exp_avg_sq": 1e-3 * terms**2}.get(name, terms)
             scales[name] = torch.maximum(share, torch.maximum(value.abs(), state.get(name, value).double().abs()))
-    scales["weight"] = torch.maximum(old.double().abs(), new.abs())
     if algorithm == "sgd":
-        scales["weight"] = torch.maximum(scales["weight"], options["lr"] * scales["momentum_buffer"])
+        update = options["lr"] * scales["momentum_buffer"]
+    else:  # what terms of the first moment weigh in the update
+        t = new_state["step"]
+        spread = (new_state["exp_avg_sq"] / (1 - 0.999**t)).sqrt() + 1e-8
+        update = options["lr"] / (1 - 0.9**t) * scales["exp_avg"] / spread
+    scales["weight"] = torch.maximum(torch.maximum(old.double().abs(), new.abs()), update)
     return scales
 
 
-def eager_step(algorithm, options, before, states, grads, pulls):
-    """The same step by torch: its optimizer, and the penalty by autograd in the weights' dtype."""
-    params = [nn.Parameter(p.clone()) for p in before]
-    optimizer = TORCHS[algorithm](params, foreach=False, **options)
-    for p, state in zip(params, states, strict=True):
-        if state:
-            optimizer.state[p] = {k: v.clone() for k, v in state.items()}
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g.clone()
-    if pulls:
-        family, lam, reg, places = pulls
-        total = sum(before[i].numel() for i in places)
-        (lam * sum(penalty_term(family, params[i], total, reg.eps, reg.r) for i in places)).backward()
-    optimizer.step()
-    return [(p.detach(), optimizer.state[p]) for p in params]
+# In units in the last place of the largest term of a sum: where gradient and penalty cancel, the rounding of each is
+# left. bfloat16 is rounded once, from float32. In float32 a chain of roundings is left, torch's own: its fused kernels
+# come to 2.7 (SGD's buffer) and 3.5 (AdamW's weight) without any penalty, and autograd's penalties to 7.
+UNITS = {torch.bfloat16: 0.75, torch.float32: 5.0}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", [None, "wcr", "hoyer_square"])
+@pytest.mark.parametrize("dtype", UNITS)
+@pytest.mark.parametrize("family", [None, *STRENGTHS])
 @pytest.mark.parametrize("algorithm", ["sgd", "adamw"])
-def test_single_steps_are_as_exact_as_torchs(backend, device, algorithm, family, dtype):
-    """From every state of a run, a step of ours is within 2 units in the last place of a float64 step.
-
-    Units are those of the largest term of a sum: where gradient and penalty cancel, the rounding of each is left. Where
-    torch itself, with autograd, doesn't keep to 2 units in that run, the bound is three times its error: on the CPU the
-    variance of a layer, and with it the pull of WCR, is good to some 10 units (see torch_path/moments.py).
-    """
+def test_single_steps_against_float64(backend, device, algorithm, family, dtype):
+    """From every state of a run a step is within a few units in the last place of weight and state."""
     options = OPTIONS[algorithm]
     model = net(dtype, device)
     params = list(model.parameters())
@@ -194,8 +182,8 @@ def test_single_steps_are_as_exact_as_torchs(backend, device, algorithm, family,
     lam = 0.1 * STRENGTHS[family] if family else None
     places = penalised(params)
     optimizer = OURS[algorithm](params, **options, penalty=reg, lam=lam)
-    worst = {"ours": {}, "torch": {}}
-    for number in range(100 if backend == "torch" or device.type == "cuda" else 3):
+    worst = {}
+    for number in range(300 if backend == "torch" or device.type == "cuda" else 3):
         backward(model, optimizer, number)
         before = [p.detach().cpu().clone() for p in params]
         states = [{k: v.detach().cpu().clone() for k, v in optimizer.state[p].items()} for p in params]
@@ -209,18 +197,15 @@ def test_single_steps_are_as_exact_as_torchs(backend, device, algorithm, family,
                 m, v, n = a.mean(), a.var(unbiased=False), torch.tensor(float(a.numel()), dtype=torch.float64)
                 _, by_mean, by_var = reg.derivatives(m, v, n, float(sum(before[j].numel() for j in places)))
                 pull_terms[i] = lam * (by_mean.abs() / n + 2 * by_var.abs() / n * (a + m))
-        eager = eager_step(algorithm, options, before, states, grads, (family, lam, reg, places) if family else None)
         optimizer.step()
         for i, (p, old, state, grad) in enumerate(zip(params, before, states, grads, strict=True)):
             new, new_state = STEPS[algorithm](old, grad.double() + pulls.get(i, 0.0), state, **options)
             scales = scales_of(algorithm, options, old, state, grad, pull_terms.get(i, torch.zeros(())), new, new_state)
-            for who, weight, arrays in (("ours", p, optimizer.state[p]), ("torch", *eager[i])):
-                for name, scale in scales.items():
-                    got, want = (weight, new) if name == "weight" else (arrays[name], new_state[name])
-                    off = (got.detach().cpu().double() - want).abs() / unit(scale, dtype)
-                    worst[who][name] = max(worst[who].get(name, 0.0), off.max().item())
-    for name, found in worst["ours"].items():
-        assert found <= max(2.0, 3.0 * worst["torch"][name]), (name, worst)
+            for name, scale in scales.items():
+                got, want = (p, new) if name == "weight" else (optimizer.state[p][name], new_state[name])
+                off = (got.detach().cpu().double() - want).abs() / unit(scale, dtype)
+                worst[name] = max(worst.get(name, 0.0), off.max().item())
+    assert max(worst.values()) <= UNITS[dtype], worst
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,10 @@
 With a = sqrt(w^2 + r), one sweep gives sum(a) and sum(a^2), hence mean m and V = mean(a^2) - m^2. Where V is
 small against m^2 that difference cancels, so a second sweep sums (a - p) and (a - p)^2 about a pivot p near the
 mean. The pivot says which form of the gradient is accurate, too: p = 0 marks the well-conditioned layers.
+
+Sums are float32 only within short rows: the rounding of one large sum would cost V, and with it the pull of a
+penalty, up to ten units in the last place. Rows are summed by one thread each, so the result depends on no number of
+threads.
 """
 
 from __future__ import annotations
@@ -17,6 +21,10 @@ from wcr_fast.torch_path.layout import flat_view, same_layout
 # 256 Ki float32 values: weights, gradient and scratch of a block fit the L2 of two cores, and the cost of
 # dispatching an op is small against its work.
 BLOCK = 1 << 18
+# Summed in float32; longer rows take as long.
+ROW = 512
+# Layers up to this size are summed in float64: a call costs more than their elements.
+SMALL = 16384
 # Below this V / m^2 the one-sweep variance would lose more than one decimal digit of float32.
 WELL_CONDITIONED = 0.1
 
@@ -73,32 +81,51 @@ def _blocks(flat: Tensor) -> Iterator[Tensor]:
     return iter(flat.split(BLOCK))
 
 
+def _row_sums(values: Tensor) -> Tensor:
+    """Return the sums of rows of a 1-d tensor, the last of them perhaps shorter."""
+    whole = values.numel() // ROW * ROW
+    if whole == values.numel():
+        return values.view(-1, ROW).sum(1)
+    return torch.cat([values[:whole].view(-1, ROW).sum(1), values[whole:].sum(0, keepdim=True)])
+
+
+def _total(rows: list[Tensor]) -> float:
+    return (rows[0] if len(rows) == 1 else torch.cat(rows)).cpu().sum(dtype=torch.float64).item()
+
+
 def _one_sweep(flat: Tensor, scratch: Scratch) -> tuple[float, float]:
-    total, squares = 0.0, 0.0
+    n = flat.numel()
+    if n <= SMALL and flat.device.type == "cpu":
+        x = flat.double()
+        a = torch.addcmul(scratch.r(x), x, x) if scratch.smooth else x * x
+        square, mean = a.sum().item() / n, a.sqrt_().sum().item() / n
+        return mean, square - mean * mean
+    squares: list[Tensor] = []
+    sums: list[Tensor] = []
     for block in _blocks(flat):
         x = scratch.widened("x", block)
         a = scratch.take("a", x, x.dtype)
         if scratch.smooth:  # a^2 lies there on the way to a
-            squares += torch.addcmul(scratch.r(x), x, x, out=a).sum().item()
-            total += a.sqrt_().sum().item()
+            squares.append(_row_sums(torch.addcmul(scratch.r(x), x, x, out=a)))
+            sums.append(_row_sums(a.sqrt_()))
         else:
-            squares += torch.dot(x, x).item()
-            total += torch.abs(x, out=a).sum().item()
-    n = flat.numel()
-    mean = total / n
-    return mean, squares / n - mean * mean
+            squares.append(_row_sums(torch.mul(x, x, out=a)))
+            sums.append(_row_sums(torch.abs(x, out=a)))
+    mean = _total(sums) / n
+    return mean, _total(squares) / n - mean * mean
 
 
 def _about_pivot(flat: Tensor, pivot: Tensor, scratch: Scratch) -> tuple[float, float]:
-    total, squares = 0.0, 0.0
+    sums: list[Tensor] = []
+    squares: list[Tensor] = []
     for block in _blocks(flat):
         x = scratch.widened("x", block)
         d = scratch.magnitude(x, scratch.take("a", x, x.dtype)).sub_(pivot)
-        total += d.sum().item()
-        squares += torch.dot(d, d).item()
+        sums.append(_row_sums(d))
+        squares.append(_row_sums(d.square_()))
     n = flat.numel()
-    shift = total / n
-    return shift, max(squares / n - shift * shift, 0.0) if squares == squares else squares
+    shift, square = _total(sums) / n, _total(squares) / n
+    return shift, max(square - shift * shift, 0.0) if square == square else square
 
 
 def _stats_of(flat: Tensor, scratch: Scratch) -> tuple[float, float, float, float]:
