@@ -1,8 +1,9 @@
 """Host time of a call: ``python -m benchmarks.host [--json] [--out FILE]``, with launches stubbed; needs no GPU.
 
-Everything runs as for a GPU, up to the driver's launch function, which does nothing. Where there is a GPU the same is
-measured there too, each call issued on an empty queue. For scale: torch's fused SGD step on the CPU, on as many
-tensors of one element each. Times are microseconds of one call, the shortest and the median.
+Everything runs as for a GPU, up to the driver's launch function, which does nothing; once with the compiled look at
+the tensors (built here where it isn't yet), and once without, as it is where there is no C++ compiler. Where there is
+a GPU the same is measured there too, each call issued on an empty queue. For scale: torch's fused SGD step on the CPU,
+on as many tensors of one element each. Times are microseconds of one call, the shortest and the median.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from torch import nn
 import wcr_fast
 from benchmarks.shapes import Shape, make, resnet, small_tensors, weights_of
 from benchmarks.stub import stubbed
-from wcr_fast import optim
+from wcr_fast import native, optim
 from wcr_fast.machine import describe_machine
 from wcr_fast.report.files import write_file
 
-SCHEMA = "wcr-fast/host/1"
+SCHEMA = "wcr-fast/host/2"
 # The bounds of the stubbed calls, in microseconds.
 BOUNDS = {("add_grad_", 54): 50.0, ("add_grad_", 2000): 600.0, ("step", 161): 90.0, ("step", 2000): 600.0}
 TURNS = 3
@@ -44,7 +45,8 @@ Call = Callable[[], object]
 class Row:
     """One call's host time."""
 
-    where: str  # "stubbed": launches do nothing; "cuda": real ones; "cpu": torch's own, for scale
+    # "stubbed": launches do nothing; "python": nor is the look compiled; "cuda": real ones; "cpu": torch's, for scale
+    where: str
     call: str
     tensors: int
     shortest_us: float
@@ -131,9 +133,16 @@ def measure(where: str, calls: dict[tuple[str, int], Call], seconds: float, befo
 
 def run(seconds: float = 1.0) -> list[Row]:
     """Measure everything that this machine has, each call for so many seconds."""
-    calls = our_calls(torch.device("cpu"))  # built before the stub: a regularizer looks at its weights' moments
+    # built before the stub: a regularizer looks at its weights' moments
+    by_python, compiled = our_calls(torch.device("cpu")), our_calls(torch.device("cpu"))
     with stubbed():
-        rows = measure("stubbed", calls, seconds)
+        rows = measure("python", by_python, seconds)
+        try:
+            native.build()
+        except RuntimeError as error:
+            print(f"benchmarks.host: {error}; the compiled look is left out")
+        else:
+            rows = measure("stubbed", compiled, seconds) + rows
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one element is not worth a second thread
     counts = (len(WEIGHTS), len(PARAMETERS), len(SMALL))
@@ -151,6 +160,7 @@ def text_of(rows: Sequence[Row]) -> str:
         bound = "" if r.bound_us is None else f"{r.bound_us:.0f}"
         lines.append(f"{r.where:8} {r.call:22} {r.tensors:7} {r.shortest_us:12.1f} {r.median_us:10.1f} {bound:>6}")
     lines.append("stubbed: kernels are compiled and every launch is prepared, but the launch itself does nothing")
+    lines.append("python: the same without the compiled look at the tensors, as it is where there is no C++ compiler")
     lines.append("cpu: torch's own step on tensors of one element, one thread, for scale")
     if any(r.where == "cuda" for r in rows):
         lines.append("cuda: real launches, each call issued on an empty queue, not waited for")
@@ -164,6 +174,7 @@ def record_of(rows: Sequence[Row]) -> dict:
         "schema": SCHEMA,
         "date": datetime.date.today().isoformat(),
         "launches": "stubbed, and real ones on the GPU" if gpu else "stubbed",
+        "look": native.state().split(",")[0],
         "machine": describe_machine(),
         "rows": [asdict(row) for row in rows],
     }

@@ -1,6 +1,7 @@
 """What every rank of a gloo group does for test_sharded.py: each check returns figures, or fails."""
 
 import copy
+import os
 import traceback
 from datetime import timedelta
 from functools import partial
@@ -370,7 +371,7 @@ def work(rank, ranks, folder, skipped):
     """Run all checks of a group of this size; leave what they found in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     found = {}
     for check, dtypes in CHECKS[ranks].items():
@@ -380,4 +381,6 @@ def work(rank, ranks, folder, skipped):
             except Exception:
                 found[check.__name__, dtype] = traceback.format_exc()
     torch.save(found, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # one ordinary exit in some twenty is aborted by a thread of torch's that is still running

@@ -21,12 +21,13 @@ def test_every_call_is_measured(tmp_path):
     record = json.loads((tmp_path / "host.json").read_text())
     assert record["launches"].startswith("stubbed")
     rows = {(r["where"], r["call"], r["tensors"]): r for r in record["rows"]}
-    for tensors in (54, 2000):
-        assert ("stubbed", "add_grad_", tensors) in rows
-    for optimizer in ("SGD", "AdamW"):
-        for penalty in ("", " + wcr"):
-            for tensors in (161, 2000):
-                assert ("stubbed", f"{optimizer} step{penalty}", tensors) in rows
+    for where in ("stubbed", "python") if record["look"] == "loaded" else ("python",):
+        for tensors in (54, 2000):
+            assert (where, "add_grad_", tensors) in rows
+        for optimizer in ("SGD", "AdamW"):
+            for penalty in ("", " + wcr"):
+                for tensors in (161, 2000):
+                    assert (where, f"{optimizer} step{penalty}", tensors) in rows
     for tensors in (54, 161, 2000):
         assert ("cpu", "torch fused SGD step", tensors) in rows
     assert all(0 < r["shortest_us"] <= r["median_us"] for r in rows.values())

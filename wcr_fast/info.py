@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import wcr_fast
+from wcr_fast import native
 from wcr_fast.backend import active_backend, interpreting, triton_installed, use_triton
 from wcr_fast.machine import processor, version
 
@@ -49,6 +50,7 @@ def collect() -> dict[str, Any]:
         "hip": torch.version.hip,
         "devices": _devices(),
         "backend": {"asked": os.environ.get("WCR_FAST_BACKEND", "auto"), **_backends()},
+        "native": native.state(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("WCR_FAST_", "TRITON_"))},
     }
 
@@ -120,6 +122,7 @@ def _table(found: dict[str, Any]) -> str:
     for device in ("cpu", "cuda"):
         backend = found["backend"][device]
         rows.append((f"backend on {device}", f"{backend['runs'] or 'none'}: {backend['why']}"))
+    rows.append(("compiled host code", found["native"]))
     rows += [(name, value) for name, value in found["environment"].items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
