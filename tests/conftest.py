@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ if not CUDA:  # Triton reads this when a kernel is defined, so it has to come be
     os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if CUDA else "cpu"
+
+# What tests have compiled stays here, out of the user's own cache.
+os.environ.setdefault("WCR_FAST_CACHE", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "native"))
 
 
 def _triton_skip_reason() -> str | None:

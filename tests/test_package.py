@@ -27,8 +27,8 @@ def wheel_names(tmp_path_factory):
 def test_wheel_content(wheel_names):
     top = {name.split("/")[0] for name in wheel_names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"wcr_fast"}
-    for needed in ("wcr_fast/py.typed", "wcr_fast/kernels/moments.py", "wcr_fast/cli.py", "wcr_fast/ops/moments.py"):
-        assert needed in wheel_names
+    for needed in ("py.typed", "watch.cpp", "kernels/moments.py", "cli.py", "ops/moments.py"):
+        assert f"wcr_fast/{needed}" in wheel_names
     for package in ROOT.glob("wcr_fast/**/__init__.py"):
         assert str(package.relative_to(ROOT)) in wheel_names
     assert len([n for n in wheel_names if n.startswith("wcr_fast/kernels/")]) == len(list(ROOT.glob("kernels/*.py")))

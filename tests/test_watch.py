@@ -196,8 +196,11 @@ def test_both_ways_agree(changes):
                 # one that undoes what another has done already may fail
                 with contextlib.suppress(AttributeError, IndexError, KeyError, RuntimeError):
                     change(scene)
+            grads = [p.grad for p in scene.params]
             seen = scene.look()
-            found.append(None if seen is None else seen[1].tolist())
+            if seen is not None:
+                assert seen[0].tolist() == [g.data_ptr() for g in grads]
+            found.append((None if seen is None else seen[1].tolist(), list(map(_version, scene.params))))
     assert found[0] == found[1]
 
 
@@ -253,6 +256,10 @@ print(native.module() is not None)
 """
 
 
+def files(folder):
+    return [f.name for f in folder.iterdir() if f.name != ".lock"]
+
+
 def run(**env):
     done = subprocess.run([sys.executable, "-c", SCRIPT], env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -265,7 +272,7 @@ def test_without_a_compiler_everything_goes_on(tmp_path):
     assert before.startswith("not built yet")
     assert after.startswith("failed: false failed with exit code 1")
     assert loaded == "False"
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert files(tmp_path / "cache") == []
     _, after, _ = run(CXX=str(tmp_path / "missing"), WCR_FAST_CACHE=str(tmp_path / "cache"))
     assert after.startswith("failed: ")
     (tmp_path / "file").touch()
@@ -277,6 +284,50 @@ def test_it_can_be_switched_off(tmp_path):
     off = "off (WCR_FAST_NATIVE=0)"
     assert run(WCR_FAST_NATIVE="0", WCR_FAST_CACHE=str(tmp_path)) == [off, off, "False"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_that_cannot_be_used_is_no_disaster(tmp_path):
+    (tmp_path / "home").touch()
+    for home in (str(tmp_path / "home"), str(tmp_path / "home" / "below")):
+        env = {"HOME": home, "WCR_FAST_CACHE": "", "XDG_CACHE_HOME": ""}
+        _, after, loaded = run(**env)
+        assert after.startswith("failed: ")
+        assert loaded == "False"
+    _, after, _ = run(CXX='g++ "x', WCR_FAST_CACHE=str(tmp_path / "cache"))
+    assert after == "failed: No closing quotation"
+
+
+def test_one_build_for_all_ranks(tmp_path):
+    """Processes that start together wait for the first one's; one that is stopped leaves nothing behind."""
+    try:
+        built = native.build().__file__
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(
+        f'#!/bin/sh\necho built >> {log}\nsleep 1\nwhile [ "$1" != -o ]; do shift; done\nexec cp {built} "$2"\n'
+    )
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "WCR_FAST_CACHE": str(tmp_path / "cache")}
+    script = "from wcr_fast import native; native.build()"
+    ranks = [subprocess.Popen([sys.executable, "-c", script], env=env) for _ in range(3)]
+    assert [rank.wait() for rank in ranks] == [0, 0, 0]
+    assert log.read_text() == "built\n"
+    assert files(tmp_path / "cache") == [Path(built).name]
+
+    compiler.write_text(f"#!/bin/sh\ntouch {tmp_path / 'begun'}\nsleep 60 &\necho $! > {tmp_path / 'pid'}\nwait\n")
+    env["WCR_FAST_CACHE"] = str(tmp_path / "other")
+    script = f"""
+import os, time
+from wcr_fast import native
+native.request()
+while not os.path.exists({str(tmp_path / "pid")!r}):
+    time.sleep(0.01)
+"""
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=50)
+    assert files(tmp_path / "other") == []
+    helper = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not helper.exists() or helper.read_text().split()[2] == "Z"
 
 
 def test_a_damaged_file_is_built_anew(tmp_path):
@@ -297,7 +348,7 @@ def test_a_damaged_file_is_built_anew(tmp_path):
     before, after, loaded = run(CXX=str(compiler), WCR_FAST_CACHE=str(damaged.parent))
     assert after == f"loaded, {damaged}"
     assert loaded == "True"
-    assert [f.name for f in damaged.parent.iterdir()] == [damaged.name]
+    assert files(damaged.parent) == [damaged.name]
 
 
 def test_a_built_one_is_loaded_at_once():
@@ -307,5 +358,20 @@ def test_a_built_one_is_loaded_at_once():
         pytest.skip(str(error))
     before, after, loaded = run()
     assert before.startswith("built, ")
-    assert after.startswith("loaded, ")
+    assert after == f"loaded, {native.build().__file__}"
     assert loaded == "True"
+
+
+def test_inference_tensors(look):
+    """They count no versions: as gradients they do, as counted parameters they can't be watched."""
+    p = nn.Parameter(torch.ones(3))
+    with torch.inference_mode():
+        p.grad = torch.ones(3)
+        q = nn.Parameter(torch.ones(3))
+        q.grad = torch.ones(3)
+    written = watch([p], grads_written=True)
+    for _ in range(3):
+        assert written.look()[0].tolist() == [p.grad.data_ptr()]
+    assert watch([q], counted=[0]) is None
+    uncounted = watch([q])
+    assert uncounted.look() is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import wcr_fast
+from wcr_fast import native
 from wcr_fast.backend import interpreting, triton_installed
 from wcr_fast.errors import UsageError
 from wcr_fast.pruning.magnitude import magnitude_masks, magnitude_threshold
@@ -94,9 +96,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.size is not None and args.size < MIN_SIZE:
         raise UsageError(f"--size must be at least {MIN_SIZE}, got {args.size}")
+    if native.wanted():
+        with contextlib.suppress(RuntimeError):  # nothing depends on it; its state says why
+            native.build()
     rows = list(examine(args.size))
     if args.json:
-        print(json.dumps({"schema": "wcr-fast/doctor/2", "rows": [asdict(row) for row in rows]}, indent=2))
+        found = {"schema": "wcr-fast/doctor/2", "native": native.state(), "rows": [asdict(row) for row in rows]}
+        print(json.dumps(found, indent=2))
     else:
         print(f"{'device':8} {'backend':8} {'dtype':9} {'op':34} {'error':>9} {'weights':>11} {'GB/s':>8}")
         for row in rows:
@@ -104,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
             figures = f"{row.error:9.1e} {row.weights:11,} {row.gb_per_s:8.1f}"
             print(f"{where} {figures}{'' if row.ok else '  WRONG'}")
         print("GB/s: the bytes that the op must move at least, over its time")
+        print(f"compiled host code: {native.state()}")
         bad = sum(not row.ok for row in rows)
         print(f"{len(rows)} checks, {bad} wrong" if bad else f"{len(rows)} checks, all right")
     return 0 if all(row.ok for row in rows) else 1

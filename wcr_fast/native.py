@@ -12,17 +12,24 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import platform
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is built
+    fcntl = None
 
 SOURCE = Path(__file__).with_name("watch.cpp")
 
@@ -39,20 +46,25 @@ def module() -> ModuleType | None:
 
 def wanted() -> bool:
     """Tell whether it may be built and used here."""
-    return os.name == "posix" and os.environ.get("WCR_FAST_NATIVE", "1") != "0"
+    return fcntl is not None and os.environ.get("WCR_FAST_NATIVE", "1") != "0"
 
 
 def state() -> str:
     """Return in a few words whether it is there, and why not."""
     if not wanted():
-        return "off (WCR_FAST_NATIVE=0)" if os.name == "posix" else "off (no build for this system)"
+        return "off (WCR_FAST_NATIVE=0)" if fcntl else "off (no build for this system)"
     if _module is not None:
-        return f"loaded, {_path()}"
+        return f"loaded, {_module.__file__}"
     if _failure is not None:
         return f"failed: {_failure}"
     if _asked:
         return "being built"
-    return f"built, {_path()}" if _path().exists() else "not built yet: the first fused step on a GPU has it built"
+    try:
+        path = _path()
+        built = path.exists()
+    except (OSError, RuntimeError) as error:  # no home, or one that is somebody else's
+        return f"failed: {error}"
+    return f"built, {path}" if built else "not built yet: the first fused step on a GPU has it built"
 
 
 def request() -> None:
@@ -61,10 +73,7 @@ def request() -> None:
     if _asked or not wanted():
         return
     _asked = True
-    if _path().exists():
-        _try_to_build()
-    else:
-        threading.Thread(target=_try_to_build, name="wcr_fast.native", daemon=True).start()
+    threading.Thread(target=_try_to_build, name="wcr_fast.native", daemon=True).start()
 
 
 def build() -> ModuleType:
@@ -78,7 +87,7 @@ def build() -> ModuleType:
         if _module is None:
             try:
                 _module = _loaded_or_built(_path())
-            except (OSError, subprocess.SubprocessError, ImportError, RuntimeError) as error:
+            except Exception as error:  # whatever it was, it must not break a step
                 _failure = str(error)
                 raise RuntimeError(f"{SOURCE.name} could not be built: {error}") from error
     return _module
@@ -89,46 +98,82 @@ def _try_to_build() -> None:
         build()
 
 
+def _after_fork() -> None:
+    """Give a forked child a lock of its own: the parent's may be held by a thread that the child lacks."""
+    global _lock, _asked
+    _lock, _asked = threading.Lock(), False
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _path() -> Path:
     """Return where the module for this torch, Python and machine is kept."""
-    folder = os.environ.get("WCR_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "wcr_fast")
+    folder = os.environ.get("WCR_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wcr_fast")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    made_for = (SOURCE.read_bytes(), torch.__version__, torch.version.git_version, suffix, platform.platform())
+    made_for = (SOURCE.read_bytes(), torch.__version__, torch.version.git_version, suffix, sysconfig.get_platform())
     key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
     return Path(folder).expanduser() / f"_watch-{key}{suffix}"
 
 
 def _loaded_or_built(path: Path) -> ModuleType:
-    if path.exists():
-        with contextlib.suppress(ImportError):  # damaged, or made for a library that was replaced since
-            return _load(path)
-    _compile(path)
-    return _load(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):  # the other ranks of a node wait for one build
+        if path.exists():
+            with contextlib.suppress(ImportError):  # damaged, or made for a library that was replaced since
+                return _load(path)
+        _compile(path)
+        return _load(path)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _compile(path: Path) -> None:
     home = Path(torch.__file__).parent
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A neighbour that is renamed when it is whole: several processes may build at the same time.
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=path.parent) as folder:
-        made = Path(folder, path.name)
-        command = [
-            *shlex.split(os.environ.get("CXX", "c++")),
-            *("-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden"),
-            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-            *(f"-I{folder}" for folder in (home / "include", sysconfig.get_paths()["include"])),
-            *(str(SOURCE), "-o", str(made), f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"),
-        ]
-        compiler = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        atexit.register(compiler.kill)
+    folder = Path(tempfile.mkdtemp(prefix=".build-", dir=path.parent))  # renamed from there when it is whole
+    made = folder / path.name
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        *("-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden"),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-I{headers}" for headers in (home / "include", sysconfig.get_paths()["include"])),
+        *(str(SOURCE), "-o", str(made), f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"),
+    ]
+    compiler: subprocess.Popen[str] | None = None
+
+    def stop() -> None:
+        if compiler is not None and compiler.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(compiler.pid, signal.SIGTERM)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(stop)  # whoever leaves before it is done leaves nothing behind
+    try:
+        compiler = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TMPDIR": str(folder)},
+            start_new_session=True,  # its helpers end with it, and Ctrl-C is not for them
+        )
         _, errors = compiler.communicate()
-        atexit.unregister(compiler.kill)
         if compiler.returncode:
             first = next((line for line in errors.splitlines() if "error" in line), errors.strip() or "no message")
             raise RuntimeError(f"{command[0]} failed with exit code {compiler.returncode}: {first}")
         with open(made, "rb") as file:
             os.fsync(file.fileno())
         os.replace(made, path)
+    finally:
+        atexit.unregister(stop)
+        stop()
 
 
 def _load(path: Path) -> ModuleType:

@@ -67,7 +67,11 @@ class Watch {
   // constructor's.
   py::object look(const py::list& now, const py::list& params, const py::list& arrays, const py::list& dicts,
                   const py::list& keys, const py::list& held) const {
-    if (now.size() != params_.size()) return py::none();
+    if (params.size() != params_.size() || arrays.size() != arrays_.size() || dicts.size() != held.size() ||
+        keys.size() != held.size()) {
+      throw py::value_error("these are not the lists that the watch was made for");
+    }
+    if (now.size() != params.size()) return py::none();
     for (size_t i = 0; i < params_.size(); ++i) {
       if (item(now, i) != item(params, i)) return py::none();
     }
@@ -90,7 +94,8 @@ class Watch {
     for (size_t i = 0; i < counted_.size(); ++i) versions[i] = tensor(params, counted_[i])._version();
     for (size_t i = 0; i < params_.size(); ++i) {
       const at::Tensor& param = tensor(params, i);
-      torch::autograd::impl::bump_version(grads_written_ ? param.grad() : param);
+      const at::Tensor& written = grads_written_ ? param.grad() : param;
+      if (!written.is_inference()) torch::autograd::impl::bump_version(written);
     }
     return py::make_tuple(buffer(addresses), buffer(versions));
   }

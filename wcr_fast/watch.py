@@ -80,10 +80,9 @@ class Watch:
     def look(self, params: list[Tensor] | None = None) -> tuple[np.ndarray, np.ndarray] | None:
         """Return the gradients' addresses and the counted parameters' versions, and raise the written ones' counters.
 
-        None, with nothing raised, where anything else is not as it was, or ``params`` are other objects.
+        None, with nothing raised, where anything else is not as it was, or ``params``, where given, are other objects.
         """
-        if params is None:
-            params = self._params
+        params = self._params if params is None else params
         if self._compiled is None:
             found = self._look(params)
             if found is not None:
@@ -132,6 +131,8 @@ def watch(
     plain = (Tensor, torch.nn.Parameter)
     known = all(type(p) in plain and p.grad is not None and p.device == params[0].device for p in params)
     if TensorGuards is None or not known or not all(type(t) in plain for t in arrays):
+        return None
+    if any(params[i].is_inference() for i in counted):  # they count no versions
         return None
     if params[0].device.type == "cuda":
         native.request()

@@ -165,7 +165,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             None if self._penalty is None else self._penalty.constants,
             [len(group["params"]) for group in self.param_groups],
             [id(p) for p in params],
-            [(local(p).data_ptr(), local(p).stride()) for p in params],
+            [(local(p).data_ptr(), local(p).shape, local(p).stride()) for p in params],
             [local(t).data_ptr() for t in arrays],
             [(id(p), p.requires_grad) for p in currents],
             active_backend(),
@@ -225,14 +225,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if loss is None and self._watch is not None:
-            found = self._look()
-            if found is not None:
-                self._repeat(*found)
-                return None
-            self._watch = None
+        found = self._look() if loss is None and self._watch is not None else None
+        if found is not None:
+            self._repeat(*found)
+            return None
+        self._watch = None  # what it saw is not what the next step is like
         with torch.no_grad():
             added = self._step(loss is not None)
+            if loss is None and (not self._on_triton or self._plan.repeatable):
+                self._watch = self._watch_over()
         if added is None:
             return loss
         return loss + (added.to(loss) if isinstance(loss, Tensor) else float(added))
@@ -267,8 +268,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         stats, coef = self._penalty.moments() if rule.penalty else (None, None)
         added = value(self._slots, coef, step) if with_value and rule.penalty else None
         self._plan.run(step, stats, coef)
-        if self._watch is None:
-            self._watch = self._watch_over()
         return added
 
     def _step_on_triton(self, step: Step, rule: Rule, with_value: bool) -> Tensor | None:
@@ -276,26 +275,27 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         if self._plan is None or not self._plan.fits(step.grads):
             self._plan = StepPlan(self._slots, rule, step.grads)
-            self._watch = self._versions = None
+            self._versions = None
             penalised = [s for s in self._slots if s.layer >= 0]
             # An operation on a DTensor counts there, one on its shard only there.
             self._counted = [s.param for s in penalised] + [s.weight for s in penalised if s.weight is not s.param]
         plan, added = self._plan, None
         if rule.penalty:
-            self._know_moments(plan, self._versions_now())
+            self._know_moments(plan, self._versions_now(), depth=3)
             if with_value:
                 added = value(self._slots, plan.coef(), step)
         plan.run(step)
         self._keep_for_graphs(plan)
         if rule.penalty and rule.penalty.family is None:
             self._penalty.complete(plan)
-        if self._watch is None and plan.repeatable:
-            self._watch = self._watch_over()
         return added
 
-    def _know_moments(self, plan: Any, versions: np.ndarray) -> None:
-        """Take the moments of the penalised weights where they may not be what the last step left behind."""
-        self._warn_of_changes(plan)
+    def _know_moments(self, plan: Any, versions: np.ndarray, depth: int) -> None:
+        """Take the moments of the penalised weights where they may not be what the last step left behind.
+
+        depth: of the calls from the step on, for whoever reads where a warning comes from.
+        """
+        self._warn_of_changes(plan, depth)
         if self._versions is None or not np.array_equal(self._versions, versions):
             with torch.no_grad():
                 plan.take_moments()
@@ -306,14 +306,14 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _versions_now(self) -> np.ndarray:
         return np.array(list(map(_version, self._counted)), dtype=np.int64)
 
-    def _warn_of_changes(self, plan: Any) -> None:
+    def _warn_of_changes(self, plan: Any, depth: int) -> None:
         layer = plan.changed_layer()
         if layer is not None:
             warnings.warn(
                 f"{type(self).__name__}: {self._penalty.label(layer)} was written between two steps in a way that "
                 "leaves no trace (.data, numpy, another fused optimizer): one step used the penalty of the old values; "
                 "call weights_changed() after such writes",
-                stacklevel=6,
+                stacklevel=depth + 4,  # behind this, _know_moments and torch's wrapper of the step
             )
 
     def _appeared(self, grads: Sequence[Tensor | None]) -> bool:
@@ -335,7 +335,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _watch_over(self) -> Watch | None:
         """Return what tells whether the next step is like this one, or None where it has more to find out."""
-        if len(self._slots) != sum(len(g["params"]) for g in self.param_groups):
+        if not self._slots or len(self._slots) != sum(len(g["params"]) for g in self.param_groups):
             return None
         states = list(self.state.values())
         entries = [(state, name, t) for state in states for name, t in state.items() if isinstance(t, Tensor)]
@@ -378,7 +378,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         plan, penalty = self._plan, self._rule.penalty
         if penalty:
-            self._know_moments(plan, versions)
+            self._know_moments(plan, versions, depth=2)
         self._keep_for_graphs(plan)
         lam = self.penalty.lam if penalty else 0.0
         plan.repeat(addresses, self.param_groups, lam, *self._scaler())
@@ -415,26 +415,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         ``lam`` leaves each group its own.
         """
         seen: dict[str, Any] = {}
-
-        def complete(_: Any, loaded: dict[str, Any]) -> dict[str, Any]:
-            own = [{k: g[k] for k in ("lam", "seed") if k in g} for g in self.param_groups]
-            groups = loaded["param_groups"]
-            if len(own) == len(groups):
-                loaded = {**loaded, "param_groups": [{**mine, **g} for mine, g in zip(own, groups, strict=True)]}
-            seen.update(loaded)
-            return loaded
-
+        own = [{name: group[name] for name in ("lam", "seed") if name in group} for group in self.param_groups]
         # The last of the hooks: what it sees is what torch loads, and casts to the dtype of the weights.
-        handle = self.register_load_state_dict_pre_hook(complete)
-        first = self.register_load_state_dict_post_hook(lambda _: self._restore(seen), prepend=True)
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: seen.update(loaded))
+        first = self.register_load_state_dict_post_hook(lambda _: self._restore(seen, own), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
             first.remove()
 
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        """Put the loaded arrays in, in their own dtypes."""
+    def _restore(self, loaded: dict[str, Any], own: Sequence[dict[str, Any]]) -> None:
+        """Put the loaded arrays in, in their own dtypes, and the groups' own options that torch's lack."""
+        for group, options, mine in zip(self.param_groups, loaded["param_groups"], own, strict=True):
+            group.update({name: option for name, option in mine.items() if name not in options})
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

@@ -90,7 +90,10 @@ def _row_sums(values: Tensor) -> Tensor:
 
 
 def _total(rows: list[Tensor]) -> float:
-    return (rows[0] if len(rows) == 1 else torch.cat(rows)).cpu().sum(dtype=torch.float64).item()
+    sums = (rows[0] if len(rows) == 1 else torch.cat(rows)).cpu()
+    if sums.numel() > SMALL:  # torch would share it out among its threads
+        sums = _row_sums(sums.double())
+    return sums.sum(dtype=torch.float64).item()
 
 
 def _one_sweep(flat: Tensor, scratch: Scratch) -> tuple[float, float]:

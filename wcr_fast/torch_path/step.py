@@ -9,6 +9,7 @@ weight can go unnoticed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class _Update:
         self.slot, self.rule = slot, rule
         self._counts = "step" in slot.state and (rule.algorithm == "sgd" or rule.stochastic)
         self.names = [name for name in STATE_NAMES[rule.algorithm] if name in slot.state]
-        self._blocks: list[_Block] | None = None
+        self._views: _Views | None = None
 
     def begin(self, grad: Tensor | None, group: dict[str, Any], pull: tuple[float, ...] | None, scale: float) -> None:
         self.grad, self.group, self.pull, self.scale = grad, group, pull, scale
@@ -190,55 +191,58 @@ class _Update:
                 maximize=bool(group["maximize"]),
             )
 
-    def blocks(self) -> list[_Block]:
-        """Return the parameter in blocks of memory order; arrays laid out otherwise than the weight take a copy."""
-        if self._blocks is not None:
-            return self._blocks
+    def views(self) -> _Views:
+        """Return the parameter's arrays as they are stepped; they serve every step, but where a copy was needed."""
+        if self._views is not None:
+            return self._views
         weight, state = self.slot.weight.detach(), self.slot.state
+        dense = weight if is_dense(weight) else weight.clone()
         arrays = {name: state[name] for name in (*self.names, "master", "remainder") if name in state}
-        self._dense = weight if is_dense(weight) else weight.clone()
-        copies = {name: _laid_out(t, self._dense) for name, t in arrays.items()}
-        pairs = [(weight, self._dense), *((arrays[name], copies[name]) for name in arrays)]
-        self._copied = [(into, made) for into, made in pairs if into.data_ptr() != made.data_ptr()]
-        values, flat = flat_view(self._dense), {name: flat_view(t) for name, t in copies.items()}
+        copies = {name: _laid_out(t, dense) for name, t in arrays.items()}
+        pairs = [(weight, dense), *((arrays[name], copies[name]) for name in arrays)]
+        copied = [(into, made) for into, made in pairs if into.data_ptr() != made.data_ptr()]
+        values, flat = flat_view(dense), {name: flat_view(t) for name, t in copies.items()}
         size = BLOCK if weight.device.type == "cpu" else values.numel()
         blocks = []
         for start in range(0, values.numel(), size):
             here = slice(start, start + size)
-            blocks.append(_Block(self, start, values[here], {name: t[here] for name, t in flat.items()}))
-        blocks[-1].is_last = True
-        if not self._copied:
-            self._blocks = blocks  # views: they serve every step
-        return blocks
+            blocks.append(_Block(start, values[here], {name: t[here] for name, t in flat.items()}))
+        views = _Views(dense, blocks, copied)
+        if not copied:
+            self._views = views
+        return views
 
-    def flat_grad(self) -> Tensor | None:
-        """Return the gradient in the order of the blocks."""
-        return None if self.grad is None else flat_view(_laid_out(self.grad, self._dense))
+
+@dataclass(frozen=True)
+class _Views:
+    """A parameter's arrays in blocks of memory order; those laid out otherwise than the weight are copies."""
+
+    dense: Tensor  # the weight, or a copy without gaps
+    blocks: list[_Block]
+    copied: list[tuple[Tensor, Tensor]]  # where to write back to, and what
 
     def finish(self) -> None:
-        """Write copies back to where they were taken from, when all blocks are done."""
-        for into, made in self._copied:
+        """Write copies back, when all blocks are done."""
+        for into, made in self.copied:
             into.copy_(made)
 
 
 class _Block:
     """Some elements of one parameter: from what is stored to what is stored anew."""
 
-    is_last = False
+    def __init__(self, start: int, stored: Tensor, arrays: dict[str, Tensor]) -> None:
+        self.start, self.stored, self.arrays = start, stored, arrays
 
-    def __init__(self, update: _Update, start: int, stored: Tensor, arrays: dict[str, Tensor]) -> None:
-        self.update, self.start, self.stored, self.arrays = update, start, stored, arrays
-
-    def prepare(self, grad: Tensor | None, scratch: Scratch, used: int) -> None:
+    def prepare(self, update: _Update, grad: Tensor | None, scratch: Scratch, used: int) -> None:
         """Make ready what torch's kernel is given, in the dtype of the arithmetic: values, gradient and state."""
-        update, stored = self.update, self.stored
+        stored, size = self.stored, self.stored.numel()
         dtype = compute_dtype(stored.dtype)
         wide = _widened(stored, dtype)
         g = self.gradient = scratch.take("gradient", wide, dtype, used)
         if grad is None:
             g.zero_()
         else:
-            g.copy_(grad if self.is_last and self.start == 0 else grad[self.start : self.start + g.numel()])
+            g.copy_(grad if grad.numel() == size else grad[self.start : self.start + size])
         if update.scale != 1.0:
             g.mul_(update.scale)
         self.pull = None
@@ -251,23 +255,21 @@ class _Block:
         self.values = _current(stored, wide, self.arrays)
         self.states = {name: _widened(self.arrays[name], dtype) for name in update.names}
 
-    def finish(self) -> None:
+    def finish(self, update: _Update) -> None:
         """Add what goes outside of the kernel, enforce the mask, and store."""
         if self.pull is not None:
             self.values.add_(self.pull)
-        if self.update.slot.words is not None:
-            keep_block_((self.values, *self.states.values()), self.update.slot.words, self.start)
+        if update.slot.words is not None:
+            keep_block_((self.values, *self.states.values()), update.slot.words, self.start)
         for name, t in self.states.items():
             if t is not self.arrays[name]:
                 self.arrays[name].copy_(t)
-        self._store()
-        del self.values, self.gradient, self.pull, self.states
-        if self.is_last:
-            self.update.finish()
+        self._store(update)
+        del self.values, self.gradient, self.pull, self.states  # not kept until the next step
 
-    def _store(self) -> None:
+    def _store(self, update: _Update) -> None:
         """Write new values back, rounded as the rule says."""
-        update, arrays, stored, x = self.update, self.arrays, self.stored, self.values
+        arrays, stored, x = self.arrays, self.stored, self.values
         if "remainder" in arrays:
             bits = torch.where(x == x, x, torch.full_like(x, torch.nan)).view(torch.int32)
             high = (bits + 0x8000) >> 16
@@ -287,7 +289,7 @@ class _Queue:
         self._names = STATE_NAMES[rule.algorithm]
         self._scratch = Scratch(rule.penalty.r if rule.penalty else 0.0)
         self._kind: tuple = ()
-        self._blocks: list[_Block] = []
+        self._waiting: list[tuple[_Update, _Views, _Block]] = []
         self._used = 0
 
     def add(self, update: _Update) -> None:
@@ -296,29 +298,32 @@ class _Queue:
         if kind != self._kind:
             self.flush()
             self._kind = kind
-        blocks = update.blocks()
-        grad = update.flat_grad()
-        for block in blocks:
+        views = update.views()
+        grad = None if update.grad is None else flat_view(_laid_out(update.grad, views.dense))
+        for block in views.blocks:
             size = block.stored.numel()
             if self._used + size > BLOCK:
                 self.flush()
-            block.prepare(grad, self._scratch, self._used)
-            self._blocks.append(block)
+            block.prepare(update, grad, self._scratch, self._used)
+            self._waiting.append((update, views, block))
             self._used += size
 
     def flush(self) -> None:
         """Step the blocks that wait."""
-        if not self._blocks:
+        if not self._waiting:
             return
-        blocks, self._blocks, self._used = self._blocks, [], 0
-        blocks[0].update.call(
+        waiting, self._waiting, self._used = self._waiting, [], 0
+        updates, _, blocks = zip(*waiting, strict=True)
+        updates[0].call(
             [b.values for b in blocks],
             [b.gradient for b in blocks],
             [[b.states.get(name) for b in blocks] for name in self._names],
-            [b.update.slot.state["step"] for b in blocks if "step" in b.update.slot.state],
+            [u.slot.state["step"] for u in updates if "step" in u.slot.state],
         )
-        for block in blocks:
-            block.finish()
+        for update, views, block in waiting:
+            block.finish(update)
+            if block is views.blocks[-1]:
+                views.finish()
 
 
 def _widened(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -54,13 +54,13 @@ def _settings(group: dict[str, Any], rule: Rule, device: torch.device, flag: int
 
 
 def _numbers(groups: Sequence[dict[str, Any]], default: Any) -> tuple[list[Any], list[float]]:
-    """Return the options of all groups, to be compared by identity, and places and values of those that are tensors."""
+    """Return the options of all groups, to be compared by identity, and what tells of changes inside of them."""
     values = [value for group in groups for name, value in group.items() if name != "params"] + [default]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    betas = [beta for group in groups for beta in group.get("betas", ()) if isinstance(beta, Tensor)]
-    # What the host reads counts by its value, too; where that would wait for a device, by its version.
-    read = [t.item() for t in tensors + betas if t.device.type == "cpu"]
-    return values, [t.data_ptr() for t in tensors + betas] + read + [t._version for t in betas]
+    tensors += [beta for group in groups for beta in group.get("betas", ()) if isinstance(beta, Tensor)]
+    # The host may have read them: one on the CPU counts by its value, another by its version, for it is not waited for.
+    inside = [t.item() if t.device.type == "cpu" else t._version for t in tensors]
+    return values, [t.data_ptr() for t in tensors] + inside
 
 
 # Kernels write these by their address, which the host's allocator can't know of: they are never given back.
