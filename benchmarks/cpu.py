@@ -71,9 +71,9 @@ def penalty_rows(shapes: list[tuple[int, ...]], *, compiled: bool, rounds: int) 
     return interleaved(sides, rounds=rounds)
 
 
-def step_rows(kind: str, *, rounds: int) -> dict[str, float]:
-    """Time steps over all of ResNet-18's parameters: torch's fused one, ours, and both with the penalty."""
-    sides = {side.name: side for side in Ways(kind, resnet(18), torch.float32, Cpu()).sides()}
+def step_rows(kind: str, shapes: list[tuple[int, ...]], *, rounds: int) -> dict[str, float]:
+    """Time steps over parameters of these shapes: torch's fused one, ours, and both with the penalty."""
+    sides = {side.name: side for side in Ways(kind, shapes, torch.float32, Cpu()).sides()}
     calls: dict[str, Callable[[], object]] = {}
     for name in ("torch fused", "ours", "torch fused, add_grad_", "ours, penalty"):
         subject = sides[name].build(1)
@@ -209,7 +209,8 @@ def main() -> None:
     ms["prune_resnet18"] = prune_rows(resnet18(), sparsity=0.9, rounds=min(args.rounds, 7))
     ms["prune_small_1000"] = prune_rows(small_tensors(), sparsity=0.9, rounds=min(args.rounds, 7))
     for kind in ("SGD", "AdamW"):
-        ms[f"{kind}_resnet18"] = step_rows(kind, rounds=2 * args.rounds)
+        ms[f"{kind}_resnet18"] = step_rows(kind, resnet(18), rounds=2 * args.rounds)
+        ms[f"{kind}_small_1000"] = step_rows(kind, small_tensors(), rounds=args.rounds)
     extra = memory_of_prune()
     penalty, small, prune, prune_small = (
         ms[name] for name in ("resnet18", "small_1000", "prune_resnet18", "prune_small_1000")
@@ -225,10 +226,11 @@ def main() -> None:
         ("extra memory of prune_ on 400 MB, MB", extra / 1e6, "<= 21"),
     ]
     for kind in ("SGD", "AdamW"):
-        steps = ms[f"{kind}_resnet18"]
-        with_penalty = ratio(steps, "ours, penalty", "torch fused, add_grad_")
-        rows.append((f"{kind} step time over torch's fused, ResNet-18", ratio(steps, "ours", "torch fused"), "<= 1.1"))
-        rows.append((f"{kind} with penalty over torch's fused and add_grad_", with_penalty, "<= 1.1"))
+        for key, name, bound in (("resnet18", "ResNet-18", "<= 1.1"), ("small_1000", "1,000 small", "")):
+            steps = ms[f"{kind}_{key}"]
+            with_penalty = ratio(steps, "ours, penalty", "torch fused, add_grad_")
+            rows.append((f"{kind} step time over torch's fused, {name}", ratio(steps, "ours", "torch fused"), bound))
+            rows.append((f"{kind} with penalty over fused + add_grad_, {name}", with_penalty, bound))
     if args.checkpoint:
         for dtype in (torch.float32, torch.bfloat16):
             folder = Path(tempfile.mkdtemp(prefix="wcr-fast-", dir=args.dir))

@@ -160,30 +160,33 @@ def layer_moments(
     return torch.tensor(rows, dtype=_stats_dtype(device)).reshape(-1, 4).t().contiguous().to(device), None
 
 
-def put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: Scratch, *, add: bool) -> None:
-    """Write (b + c (a - m)) s of one block into target, or add it; x has the dtype of the arithmetic."""
+def put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: Scratch, *, base: Tensor | None) -> None:
+    """Write base + (b + c (a - m)) s of one block into target, which may be the base; None stands for zero.
+
+    x has the dtype of the arithmetic.
+    """
     if target.dtype != x.dtype:  # torch adds in the wider of the two: one rounding, at the end
         wide = scratch.take("g", x, x.dtype)
-        put(wide, x, layer, scratch, add=False)
-        target.add_(wide) if add else target.copy_(wide)
+        put(wide, x, layer, scratch, base=None)
+        target.copy_(wide) if base is None else torch.add(base, wide, out=target)
         return
     mean, pivot, shift, b, c = layer
     t = scratch.take("a", x, x.dtype)
     if pivot == 0.0:  # = c w + (b - c m) s, fewer passes
         level = b - c * mean
-        if not add:
-            torch.mul(x, c, out=target) if c else target.zero_()
-        elif c:
-            target.add_(x, alpha=c)
+        if c:
+            base = torch.mul(x, c, out=target) if base is None else torch.add(base, x, alpha=c, out=target)
+        elif base is None:
+            base = target.zero_()
         if scratch.smooth:
-            target.addcdiv_(x, scratch.magnitude(x, t), value=level)
+            torch.addcdiv(base, x, scratch.magnitude(x, t), value=level, out=target)
         else:
-            target.add_(torch.sign(x, out=t), alpha=level)
+            torch.add(base, torch.sign(x, out=t), alpha=level, out=target)
         return
     a = scratch.magnitude(x, scratch.take("m", x, x.dtype))
     torch.sub(a, pivot, out=t).sub_(shift).mul_(c).add_(b)
     t = t.mul_(x).div_(a) if scratch.smooth else t.mul_(torch.sign(x, out=a))
-    target.add_(t) if add else target.copy_(t)
+    target.copy_(t) if base is None else torch.add(base, t, out=target)
 
 
 def pulls(stats: Tensor, coef: Tensor, sizes: Sequence[int], lams: Sequence[float]) -> list[tuple[float, ...]]:
@@ -216,7 +219,7 @@ def add_grad_(
             grad.add_(_written(tensor, layer, scratch))
             continue
         for g, block in zip(_blocks(flat_view(grad)), _blocks(flat_view(tensor)), strict=True):
-            put(g, scratch.widened("x", block), layer, scratch, add=True)
+            put(g, scratch.widened("x", block), layer, scratch, base=g)
 
 
 def _written(tensor: Tensor, layer: tuple[float, ...], scratch: Scratch) -> Tensor:
@@ -224,7 +227,7 @@ def _written(tensor: Tensor, layer: tuple[float, ...], scratch: Scratch) -> Tens
     if not same_layout(out, tensor):  # gaps or overlaps: the result has none
         tensor = torch.empty_like(out).copy_(tensor)
     for o, block in zip(_blocks(flat_view(out)), _blocks(flat_view(tensor)), strict=True):
-        put(o, scratch.widened("x", block), layer, scratch, add=False)
+        put(o, scratch.widened("x", block), layer, scratch, base=None)
     return out
 
 

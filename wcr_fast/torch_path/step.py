@@ -238,20 +238,23 @@ class _Block:
         stored, size = self.stored, self.stored.numel()
         dtype = compute_dtype(stored.dtype)
         wide = _widened(stored, dtype)
+        if grad is not None and grad.numel() != size:
+            grad = grad[self.start : self.start + size]
         g = self.gradient = scratch.take("gradient", wide, dtype, used)
-        if grad is None:
+        if update.scale != 1.0 and grad is not None:
+            grad = g.copy_(grad).mul_(update.scale)
+        coupled = update.pull is not None and update.rule.penalty.mode == "coupled"
+        if coupled:
+            base = grad if grad is None or grad.dtype == dtype else g.copy_(grad)
+            put(g, wide, update.pull, scratch, base=base)
+        elif grad is None:
             g.zero_()
         else:
-            g.copy_(grad if grad.numel() == size else grad[self.start : self.start + size])
-        if update.scale != 1.0:
-            g.mul_(update.scale)
+            g.copy_(grad)
         self.pull = None
-        if update.pull is not None:
-            if update.rule.penalty.mode == "coupled":
-                put(g, wide, update.pull, scratch, add=True)
-            else:
-                self.pull = scratch.take("pull", wide, dtype, used)
-                put(self.pull, wide, update.pull, scratch, add=False)
+        if update.pull is not None and not coupled:
+            self.pull = scratch.take("pull", wide, dtype, used)
+            put(self.pull, wide, update.pull, scratch, base=None)
         self.values = _current(stored, wide, self.arrays)
         self.states = {name: _widened(self.arrays[name], dtype) for name in update.names}
 
