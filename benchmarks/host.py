@@ -131,18 +131,22 @@ def measure(where: str, calls: dict[tuple[str, int], Call], seconds: float, befo
     return rows
 
 
+def stubbed_rows(where: str, seconds: float) -> list[Row]:
+    """Measure with launches stubbed; nothing else is in the caches than what is measured here."""
+    calls = our_calls(torch.device("cpu"))  # before the stub: a regularizer looks at its weights' moments
+    with stubbed():
+        return measure(where, calls, seconds)
+
+
 def run(seconds: float = 1.0) -> list[Row]:
     """Measure everything that this machine has, each call for so many seconds."""
-    # built before the stub: a regularizer looks at its weights' moments
-    by_python, compiled = our_calls(torch.device("cpu")), our_calls(torch.device("cpu"))
-    with stubbed():
-        rows = measure("python", by_python, seconds)
-        try:
-            native.build()
-        except RuntimeError as error:
-            print(f"benchmarks.host: {error}; the compiled look is left out")
-        else:
-            rows = measure("stubbed", compiled, seconds) + rows
+    rows = stubbed_rows("python", seconds)
+    try:
+        native.build()
+    except RuntimeError as error:
+        print(f"benchmarks.host: {error}; the compiled look is left out")
+    else:
+        rows = stubbed_rows("stubbed", seconds) + rows
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one element is not worth a second thread
     counts = (len(WEIGHTS), len(PARAMETERS), len(SMALL))

@@ -37,7 +37,7 @@ struct Seen {
            std::equal(strides.begin(), strides.end(), layout.begin() + sizes.size());
   }
 
-  bool lies_like(const at::Tensor& t) const { return t.data_ptr() == data && looks_like(t); }
+  bool lies_like(const at::Tensor& t) const { return looks_like(t) && t.data_ptr() == data; }
 
   const void* data;
   c10::DispatchKeySet keys;
@@ -50,9 +50,10 @@ struct Seen {
 class Watch {
  public:
   // params: tensors with gradients. arrays: others that must stay in place. counted: the places of the params whose
-  // versions are reported. grads_written: whose counters are raised, the gradients' or the params'.
-  Watch(const py::list& params, const py::list& arrays, std::vector<size_t> counted, bool grads_written)
-      : counted_(std::move(counted)), grads_written_(grads_written) {
+  // versions are reported, in ascending order. grads_written: whose counters are raised, the gradients' or the params'.
+  Watch(const py::list& params, const py::list& arrays, const std::vector<size_t>& counted, bool grads_written)
+      : counted_(params.size(), false), grads_written_(grads_written) {
+    for (size_t i : counted) counted_.at(i) = true;
     for (size_t i = 0; i < params.size(); ++i) {
       params_.push_back(see(params, i));
       const at::Tensor& grad = tensor(params, i).grad();
@@ -83,15 +84,16 @@ class Watch {
     for (size_t i = 0; i < arrays_.size(); ++i) {
       if (!arrays_[i].lies_like(tensor(arrays, i))) return py::none();
     }
-    std::vector<int64_t> addresses(params_.size()), versions(counted_.size());
+    std::vector<int64_t> addresses(params_.size()), versions;
+    versions.reserve(params_.size());
     for (size_t i = 0; i < params_.size(); ++i) {
       const at::Tensor& param = tensor(params, i);
       if (!params_[i].lies_like(param)) return py::none();
       const at::Tensor& grad = param.grad();
       if (!grad.defined() || !grads_[i].looks_like(grad)) return py::none();
       addresses[i] = reinterpret_cast<int64_t>(grad.data_ptr());
+      if (counted_[i]) versions.push_back(param._version());
     }
-    for (size_t i = 0; i < counted_.size(); ++i) versions[i] = tensor(params, counted_[i])._version();
     for (size_t i = 0; i < params_.size(); ++i) {
       const at::Tensor& param = tensor(params, i);
       const at::Tensor& written = grads_written_ ? param.grad() : param;
@@ -111,7 +113,7 @@ class Watch {
   }
 
   std::vector<Seen> params_, grads_, arrays_;
-  std::vector<size_t> counted_;
+  std::vector<char> counted_;  // by param
   bool grads_written_;
 };
 
@@ -119,6 +121,6 @@ class Watch {
 
 PYBIND11_MODULE(_watch, m) {
   py::class_<Watch>(m, "Watch")
-      .def(py::init<const py::list&, const py::list&, std::vector<size_t>, bool>())
+      .def(py::init<const py::list&, const py::list&, const std::vector<size_t>&, bool>())
       .def("look", &Watch::look);
 }

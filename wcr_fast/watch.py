@@ -125,7 +125,7 @@ def watch(
         params: at least one, plain tensors on one device, all with gradients.
         entries: (dictionary, key, tensor): what has to be found there still.
         arrays: further plain tensors that have to stay in place.
-        counted: places of the parameters whose versions are to be told.
+        counted: places of the parameters whose versions are to be told, ascending.
         grads_written: whether a call writes the gradients; the parameters otherwise.
     """
     plain = (Tensor, torch.nn.Parameter)
