@@ -118,6 +118,11 @@ def state_of_none(s):
     s.states[1]["momentum_buffer"] = None
 
 
+def transposed_state(s):
+    array = s.states[1]["momentum_buffer"]
+    array.data = array.data.view(4, 2).t()
+
+
 def moved_state(s):
     array = s.states[1]["momentum_buffer"]
     array.data = array.data.clone()
@@ -140,6 +145,7 @@ CHANGES = [
     replaced_step,
     missing_state,
     state_of_none,
+    transposed_state,
     moved_state,
 ]
 

@@ -33,20 +33,35 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
 
 
 class _Piece:
-    """Some of the parameters and their gradients, as they were."""
+    """Some tensors, as they were."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self._guards, self._places = _guards(tensors), pointers(tensors)
+
+    def is_as_it_was(self) -> bool:
+        return self._guards.check(*self.tensors) and pointers(self.tensors) == self._places
+
+
+class _Params(_Piece):
+    """Some of the parameters, with their gradients."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        self.guards, self.grad_guards = _guards(params), _guards(list(map(_grad, params)))
-        self.places = pointers(params)
+        super().__init__(params)
+        self._grad_guards = _guards(list(map(_grad, params)))
 
-    def look(self, params: Sequence[Tensor]) -> list[Tensor] | None:
+    def grads(self) -> list[Tensor] | None:
         """Return the gradients; None where anything but their addresses has changed."""
-        grads = list(map(_grad, params))
+        grads = list(map(_grad, self.tensors))
         try:
-            same = self.guards.check(*params) and self.grad_guards.check(*grads)
+            same = self._grad_guards.check(*grads)
         except TypeError:  # a gradient is gone
             return None
-        return grads if same and pointers(params) == self.places else None
+        return grads if same and self.is_as_it_was() else None
+
+
+def _pieces(tensors: Sequence[Tensor], kind: type[_Piece]) -> list[Any]:
+    return [kind(tensors[i : i + _PIECE]) for i in range(0, len(tensors), _PIECE)]
 
 
 class Watch:
@@ -66,9 +81,7 @@ class Watch:
         self._params, self._arrays, self._counted = list(params), list(arrays), list(counted)
         self._dicts, self._keys, self._held = map(list, zip(*entries, strict=True)) if entries else ([], [], [])
         self._grads_written = grads_written
-        self._places = pointers(self._arrays)
-        slices = (slice(i, i + _PIECE) for i in range(0, len(self._params), _PIECE))
-        self._pieces = [(here, _Piece(self._params[here])) for here in slices]
+        self._pieces, self._array_pieces = _pieces(self._params, _Params), _pieces(self._arrays, _Piece)
         self._compiled: Any = None
         self._compile()
 
@@ -96,12 +109,12 @@ class Watch:
             return None
         if not all(map(is_, map(dict.get, self._dicts, self._keys), self._held)):
             return None
-        if pointers(self._arrays) != self._places:
+        if not all(piece.is_as_it_was() for piece in self._array_pieces):
             return None
         grads: list[Tensor] = []
         addresses: list[int] = []
-        for here, piece in self._pieces:
-            found = piece.look(params[here])
+        for piece in self._pieces:
+            found = piece.grads()
             if found is None:
                 return None
             grads += found
