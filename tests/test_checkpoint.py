@@ -476,3 +476,9 @@ def test_blocks_cover_everything_once():
         assert (first % 60 == 0 and last % 60 == 0) or (first // 60 == (last - 1) // 60 and first % 20 == 0)
     with pytest.raises(UsageError, match="one group"):
         list(blocks_of([Segment(0, 0, 200, tensor=0, grain=200, unit=100)], 50))
+
+
+def test_files_of_torch_save(tmp_path):
+    torch.save({"w": torch.ones(3, 3)}, tmp_path / "m.pt")
+    with pytest.raises(UsageError, match=r"m\.pt.*a zip, as torch\.save writes it"):
+        checkpoint.prune_checkpoint(tmp_path / "m.pt", tmp_path / "out.safetensors", 0.5)

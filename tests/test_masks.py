@@ -722,3 +722,46 @@ def test_each_rank_masks_its_shard(second_of_two_ranks, dim):
         optimizer.step()
         for tensor in (model.weight, optimizer.state[model.weight]["momentum_buffer"]):
             assert torch.equal(tensor.detach().to_local() != 0, mine(mask))
+
+
+def test_emptied_layers_are_warned_about():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[1].weight.mul_(1e-3)
+    with pytest.warns(UserWarning, match=r"from_sparsity: nothing is left of 1\.weight") as caught:
+        masks = Masks.from_sparsity(model, 0.5)
+    assert caught[0].filename == __file__
+    assert not masks["1.weight"].any()
+    with pytest.warns(UserWarning, match=r"from_threshold: nothing is left of 1\.weight") as caught:
+        Masks.from_threshold(model, 0.01)
+    assert caught[0].filename == __file__
+
+
+def test_masks_are_read_like_a_dictionary():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    masks = Masks.from_sparsity(model, 0.5, "layer")
+    assert list(masks.keys()) == ["0.weight", "1.weight"]
+    found = dict(masks)
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it imports its compiler
+def test_names_are_the_models_own_inside_of_wrappers():
+    model = nn.Sequential(nn.Linear(8, 8))
+    for wrapper in (nn.DataParallel(model), torch.compile(model), torch.optim.swa_utils.AveragedModel(model)):
+        masks = Masks.from_sparsity(wrapper, 0.5)
+        assert list(masks) == ["0.weight"]
+        masks.apply_(wrapper)
+
+
+@pytest.mark.parametrize(
+    ("match", "call"),
+    [
+        ("keep: expected a torch optimizer, got Linear", lambda m: Masks.from_sparsity(m, 0.5).keep(m)),
+        ("state_dict of a model under torch.nn.utils.prune, got Linear", Masks.from_torch_prune),
+        ("got OrderedDict: give its .items", lambda m: Masks.from_sparsity(m.state_dict(), 0.5)),
+    ],
+)
+def test_other_things_than_asked_for(match, call):
+    with pytest.raises(TypeError, match=match):
+        call(nn.Linear(3, 4))

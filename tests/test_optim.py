@@ -586,6 +586,30 @@ def test_a_state_of_torchs_leaves_each_group_its_strength():
     assert [group["seed"] for group in ours.param_groups] == seeds
 
 
+def test_a_state_for_other_options():
+    """A strength without a penalty is warned about, master weights of another optimizer are left out."""
+    params = list(net(torch.bfloat16).parameters())
+    theirs = AdamW(params, penalty="l1", lam=0.5, master="float32")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    theirs.step()
+    ours = AdamW(params, master="remainder")
+    with pytest.warns(UserWarning, match=r"lam=0\.5, but there is no penalty here"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lam"] is None
+    assert not any("master" in state for state in ours.state.values())
+    ours.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    default = AdamW(params, penalty=wcr_fast.L1(params[:1], lam=0.25))
+    named = AdamW(params, penalty="l1", lam=0.125)
+    named.load_state_dict(default.state_dict())
+    assert named.param_groups[0]["lam"] == 0.125
+
+
+def test_penalised_parameters_have_their_names():
+    optimizer = SGD(net().named_parameters(), lr=0.1, penalty="l1")
+    assert list(optimizer.penalty.weights) == ["0.weight", "4.weight"]
+
+
 @pytest.mark.usefixtures("look")
 def test_frozen_weights_are_left_alone(backend, device):
     model = net(torch.float32, device)
@@ -1146,7 +1170,11 @@ def linear():
         (ValueError, "lam must be finite", lambda: SGD(linear().parameters(), penalty="l1", lam=float("nan"))),
         (ValueError, "exclude needs names", lambda: SGD(linear().parameters(), penalty="l1", exclude="weight")),
         (ValueError, "exclude goes with", lambda: SGD(linear().named_parameters(), exclude="weight")),
-        (ValueError, "nothing to penalise", lambda: SGD([linear().bias], penalty="l1")),
+        (ValueError, "none has two or more", lambda: SGD([linear().bias], penalty="l1")),
+        (ValueError, "leaves none", lambda: SGD(linear().named_parameters(), penalty="l1", exclude="*")),
+        (ValueError, "knows no modules", lambda: SGD(linear().named_parameters(), penalty="l1", exclude=nn.Linear)),
+        (TypeError, "lam must be a number", lambda: SGD(linear().parameters(), penalty="l1", lam="a")),
+        (TypeError, "for bfloat16", lambda: SGD(linear().half().parameters(), stochastic_rounding=True)),
         (ValueError, "owns none", lambda: SGD(linear().parameters(), penalty=wcr_fast.L1(linear()))),
         (ValueError, "master must be", lambda: SGD(linear().parameters(), master="fp32")),
         (ValueError, "state_dtype must be", lambda: SGD(linear().parameters(), state_dtype=torch.int8)),

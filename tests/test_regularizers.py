@@ -457,3 +457,11 @@ class EmptyWeight(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(0, 3))
+
+
+def test_tensors_with_names():
+    model = torch.nn.Linear(3, 4)
+    reg = wcr_fast.L1([("a.weight", model.weight)])
+    assert list(reg.weights) == ["a.weight"]
+    with pytest.raises(TypeError, match="L1: b must be float16"):
+        wcr_fast.L1([("b", torch.ones(3, dtype=torch.int64))])

@@ -54,13 +54,13 @@ def _attached(regularizer: Regularizer) -> weakref.WeakSet:
     return found
 
 
-def _unwrap(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap(optimizer: Any, op: str) -> torch.optim.Optimizer:
     """Return the torch optimizer inside wrappers that hold it as ``.optimizer`` (Accelerate's, for one)."""
     seen = optimizer
     while hasattr(seen, "optimizer") and isinstance(seen.optimizer, torch.optim.Optimizer):
         seen = seen.optimizer
     if not isinstance(seen, torch.optim.Optimizer):
-        raise TypeError(f"attach: expected a torch optimizer, got {type(optimizer).__name__}")
+        raise TypeError(f"{op}: expected a torch optimizer, got {type(optimizer).__name__}")
     return seen
 
 
@@ -189,7 +189,7 @@ def _stable(group: dict[str, Any]) -> float:
 
 def attach(regularizer: Regularizer, optimizer: Any) -> AttachHandle:
     """Register the regularizer's step pre-hook on an optimizer; see ``Regularizer.attach``."""
-    base = _unwrap(optimizer)
+    base = unwrap(optimizer, "attach")
     name = type(regularizer).__name__
     attached = _attached(regularizer)
     if base in attached:

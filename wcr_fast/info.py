@@ -17,7 +17,10 @@ from wcr_fast.backend import active_backend, interpreting, triton_installed, use
 from wcr_fast.machine import processor, version
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
-EXTRAS = {"demo": ("scikit-learn", "matplotlib", "rich"), "test": ("pytest", "hypothesis", "ruff")}
+EXTRAS = {
+    "demo": ("scikit-learn", "matplotlib", "rich"),
+    "test": ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -174,7 +174,8 @@ class Regularizer:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(
                 f"{type(self).__name__}: all magnitudes are (nearly) equal in {shown}: variance <= eps, so the "
-                "penalty's gradient would drown the loss's; exclude these weights, or initialise them first"
+                "penalty's gradient would drown the loss's; exclude these weights, or initialise them first "
+                "(those that are pruned away can only be excluded)"
             )
 
     def __call__(self) -> Tensor:

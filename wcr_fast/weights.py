@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -232,19 +232,24 @@ def as_weights(
 ) -> list[Weight]:
     """Turn a tensor, a module or an iterable of tensors into a list of weights.
 
-    A module is filtered by :func:`choose`; tensors are taken literally and named by their position.
+    A module is filtered by :func:`choose`; tensors are taken literally and named by their position, or by the names
+    that come with them (``model.named_parameters()``).
     Raises TypeError for anything that isn't a real floating-point tensor, naming op and position.
     """
     if isinstance(weights, nn.Module):
         return choose(weights, exclude=exclude, trainable=trainable, sharded=sharded).weights
     if Excluder(exclude):
         raise ValueError(f"{op}: exclude needs a module; leave the tensors out of the list instead")
+    if isinstance(weights, Mapping):
+        raise TypeError(f"{op}: weights must be a model or tensors, got {type(weights).__name__}: give its .items()")
     single = isinstance(weights, Tensor)
     if not isinstance(weights, Iterable):
         raise TypeError(f"{op}: weights must be a tensor, a module or an iterable, got {type(weights).__name__}")
     listed: list[Weight] = []
     for i, tensor in enumerate([weights] if single else weights):
         name = "weights" if single else f"weights[{i}]"
+        if isinstance(tensor, tuple) and len(tensor) == 2 and isinstance(tensor[0], str):
+            name, tensor = tensor
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point() or tensor.element_size() < 2:

@@ -39,7 +39,7 @@ def check_sparsity(sparsity: float | None, op: str) -> float:
     """Return the sparsity as a float, or raise when it isn't a number (or 0-d array or tensor) in [0, 1]."""
     boolean = isinstance(sparsity, (bool, np.bool_)) or getattr(sparsity, "dtype", None) in (torch.bool, np.bool_)
     if boolean or isinstance(sparsity, (str, bytes)) or getattr(sparsity, "ndim", 0):
-        raise TypeError(f"{op}: sparsity must be a number in [0, 1], got {sparsity!r}")
+        raise TypeError(f"{op}: sparsity must be a number in [0, 1] (or scope an n:m), got {sparsity!r}")
     try:
         value = float(sparsity)
     except (TypeError, ValueError):

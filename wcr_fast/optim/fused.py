@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter, is_
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import numpy as np
 import torch
@@ -105,7 +105,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{name}: group {number} has lam={lam}, but there is no penalty")
             if isinstance(lam, Tensor) and lam.dim() != 0:
                 raise ValueError(f"{name}: lam must be a number or a 0-d tensor, got {lam.dim()}-d")
-            if lam is not None and not isinstance(lam, Tensor) and not abs(float(lam)) < float("inf"):
+            if not (lam is None or isinstance(lam, (Tensor, SupportsFloat))):
+                raise TypeError(f"{name}: lam must be a number or a 0-d tensor, got {lam!r}")
+            if not (lam is None or isinstance(lam, Tensor) or abs(float(lam)) < float("inf")):
                 raise ValueError(f"{name}: lam must be finite, got {lam}")
             for p in group["params"]:
                 self._precision.check_param(name, p)
@@ -424,11 +426,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             handle.remove()
             first.remove()
+        foreign = [group for group in self.param_groups if self._penalty is None and group["lam"] is not None]
+        if foreign:
+            name, lam = type(self).__name__, foreign[0]["lam"]
+            warnings.warn(f"{name}: the loaded state has lam={lam}, but there is no penalty here", stacklevel=4)
+        for group in foreign:
+            group["lam"] = None
 
     def _restore(self, loaded: dict[str, Any], own: Sequence[dict[str, Any]]) -> None:
         """Put the loaded arrays in, in their own dtypes, and the groups' own options that torch's lack."""
         for group, options, mine in zip(self.param_groups, loaded["param_groups"], own, strict=True):
-            group.update({name: option for name, option in mine.items() if name not in options})
+            group.update({name: option for name, option in mine.items() if options.get(name) is None})
         ids = [i for group in loaded["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(ids, params, strict=True):

@@ -68,13 +68,7 @@ class OwnedPenalty:
         if isinstance(self._asked, Regularizer):
             self.regularizer = self._asked
         else:
-            chosen = self._chosen(groups)
-            if not chosen:
-                raise ValueError(
-                    f"{self._optimizer}: no parameter has two or more dimensions and requires a gradient: nothing to "
-                    "penalise"
-                )
-            self.regularizer = self._asked(chosen)
+            self.regularizer = self._asked(self._chosen(groups))
         owned = {id(p) for group in groups for p in group["params"]}
         if not any(id(w.current()) in owned for w in self.weights):
             raise ValueError(
@@ -82,10 +76,17 @@ class OwnedPenalty:
                 "the same parameters, and after anything that replaces them (fully_shard, load_state_dict(assign=True))"
             )
 
-    def _chosen(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """Choose by dimensions and requires_grad, without those whose name is excluded."""
+    def _chosen(self, groups: Sequence[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+        """Choose by dimensions and requires_grad, without those whose name is excluded; return them by name."""
         excluder = Excluder(self._exclude)
-        known, chosen = [], []
+        if excluder.types:
+            raise ValueError(
+                f"{self._optimizer}: exclude takes names here, an optimizer knows no modules: give a regularizer built "
+                f"on the model, with exclude={excluder.types[0].__name__}"
+            )
+        known: list[str] = []
+        chosen: list[tuple[str, Tensor]] = []
+        left_out = False
         for group in groups:
             names = group.get("param_names")
             if excluder and names is None:
@@ -94,12 +95,17 @@ class OwnedPenalty:
                     "on the model with exclude="
                 )
             for i, p in enumerate(group["params"]):
-                known.append(names[i] if names else str(i))
-                left_out = excluder and excluder.reason(known[-1], (), p)
-                if p.dim() >= 2 and p.requires_grad and p.numel() and not left_out:
-                    chosen.append(p)
+                known.append(names[i] if names else f"parameter {len(known)}")
+                excluded = excluder and excluder.reason(known[-1], (), p)
+                if p.dim() >= 2 and p.requires_grad and p.numel():
+                    left_out = left_out or bool(excluded)
+                    if not excluded:
+                        chosen.append((known[-1], p))
         if excluder:
             excluder.check_all_matched(known)
+        if not chosen:
+            why = "exclude leaves none" if left_out else "none has two or more dimensions and requires a gradient"
+            raise ValueError(f"{self._optimizer}: no parameter to penalise: {why}")
         return chosen
 
     def find_layers(self, groups: Sequence[dict[str, Any]]) -> dict[int, int]:

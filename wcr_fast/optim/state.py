@@ -41,6 +41,8 @@ class Precision:
             raise TypeError(f"{optimizer}: parameters must be float16, bfloat16, float32 or float64, got {p.dtype}")
         if self.master == "remainder" and p.dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"{optimizer}: master='remainder' is the rest of a bfloat16 weight, got {p.dtype}")
+        if self.stochastic and p.dtype == torch.float16:
+            raise TypeError(f"{optimizer}: stochastic_rounding is for bfloat16 weights; for float16 ones take a master")
         if p.dtype == torch.float64 and self.state_dtype is not None:
             raise TypeError(f"{optimizer}: float64 weights keep float64 state: leave state_dtype out")
 
@@ -71,7 +73,9 @@ class Precision:
 
     def restored(self, saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """Return a loaded state as this parameter keeps it: copies in its own dtypes and layout."""
-        return {name: self._restored(p, name, value) for name, value in saved.items() if value is not None}
+        foreign = {"master": "float32", "remainder": "remainder"}  # of an optimizer with other options
+        used = {k: v for k, v in saved.items() if v is not None and foreign.get(k, self.master) == self.master}
+        return {name: self._restored(p, name, value) for name, value in used.items()}
 
     def _restored(self, p: Tensor, name: str, value: Any) -> Any:
         if name == "step":

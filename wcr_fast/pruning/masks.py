@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wcr_fast.attach import _unwrap
+from wcr_fast.attach import unwrap
 from wcr_fast.ops import select
 from wcr_fast.ops.sharded import is_sharded
 from wcr_fast.pruning import mask_file, torch_prune
 from wcr_fast.pruning.keep import KeepHandle, enforce_, words_of
-from wcr_fast.pruning.prune import check_writable, chosen
+from wcr_fast.pruning.prune import check_writable, chosen, warn_of_emptied
 from wcr_fast.torch_path import bits
 from wcr_fast.weights import Exclude, Weight, Weights, as_weights, check_plain, choose
 
@@ -88,7 +88,7 @@ class Masks:
     ) -> Masks:
         """Select the largest magnitudes, exactly: the masks of :func:`wcr_fast.magnitude_masks`, and its arguments.
 
-        Waits for the device.
+        Waits for the device. Warns where a layer would lose all its weights.
 
         Raises:
             ValueError: as ``from_model``, for NaN (naming the parameter), a wrong sparsity or scope.
@@ -103,13 +103,16 @@ class Masks:
         weights, _ = chosen(model, exclude, op)
         _refuse_nan(weights, op)
         found = select.masks(weights, value, scope)
-        return cls({w.name: (bits.pack(m), m.shape) for w, m in zip(weights, found, strict=True)}, source=model)
+        made = cls({w.name: (bits.pack(m), m.shape) for w, m in zip(weights, found, strict=True)}, source=model)
+        made._warn_of_emptied(op)
+        return made
 
     @classmethod
     def from_threshold(cls, model: Weights, threshold: float | Tensor, *, exclude: Exclude = ()) -> Masks:
         """Keep every weight with a magnitude of at least ``threshold``, compared in float64; ``kept`` says how many.
 
-        With ties there may be more than was asked of the threshold: ``from_sparsity`` is exact.
+        With ties there may be more than was asked of the threshold: ``from_sparsity`` is exact. Warns where a layer
+        would lose all its weights.
 
         Raises:
             ValueError: as ``from_model``, for NaN (naming the parameter), or a threshold that is NaN or negative.
@@ -128,7 +131,9 @@ class Masks:
         layers = {
             w.name: (bits.pack(w.param, lambda x: x.to(torch.float64).abs() >= cut), w.param.shape) for w in weights
         }
-        return cls(layers, source=model)
+        made = cls(layers, source=model)
+        made._warn_of_emptied("from_threshold")
+        return made
 
     @classmethod
     def from_masks(
@@ -228,6 +233,14 @@ class Masks:
     def __len__(self) -> int:
         return len(self._layers)
 
+    def keys(self) -> KeysView[str]:
+        """Return the names: ``dict(masks)`` has all masks."""
+        return self._layers.keys()
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Return names and masks, each unpacked when its turn comes."""
+        return ((name, self[name]) for name in self)
+
     def __contains__(self, name: object) -> bool:
         return name in self._layers
 
@@ -292,7 +305,7 @@ class Masks:
             >>> int(model.weight.count_nonzero())
             4
         """
-        base = _unwrap(optimizer)
+        base = unwrap(optimizer, "keep")
         target = model if model is not None else self._origin()
         if target is None:
             named = _optimizer_names(base)
@@ -371,6 +384,9 @@ class Masks:
         """
         layers, sha256 = mask_file.read(Path(path))
         return cls(layers, weights_sha256=sha256)
+
+    def _warn_of_emptied(self, op: str) -> None:
+        warn_of_emptied([name for name, (packed, _) in self._layers.items() if not packed.any()], op, stacklevel=4)
 
     def _origin(self) -> Named | None:
         """Return the model or tensors that these masks were made from, while they exist."""
@@ -459,8 +475,14 @@ def _remember(source: Any) -> Any:
     return tuple(weakref.ref(t) for t in source)
 
 
+# What holds a model under another name, with all its parameters.
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
+
+
 def _listed(model: Any) -> Any:
-    """Return an iterable of tensors as a list, so that it can be gone through again."""
+    """Return the model inside of wrappers, so that names are its own; an iterable of tensors as a list."""
+    while isinstance(model, _WRAPPERS) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
     once = isinstance(model, Iterable) and not isinstance(model, (nn.Module, Tensor, Mapping))
     return list(model) if once else model
 

@@ -62,6 +62,13 @@ def prune_(
     return Plan.of(weights, [value], scope, left_out, "prune_").apply(0)
 
 
+def warn_of_emptied(names: Sequence[str], op: str, *, stacklevel: int) -> None:
+    """Warn where layers lose all their weights."""
+    if names:
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        warnings.warn(f"{op}: nothing is left of {shown}", stacklevel=stacklevel)
+
+
 def _checked(sparsity: float | None, scope: str, op: str) -> float | None:
     if select.check_scope(scope, sparsity, op):
         return None
@@ -162,9 +169,7 @@ class Plan:
         # Kernels write behind autograd's back; a backward pass across this must notice.
         torch.autograd.graph.increment_version(tensors)
         emptied = [layer.name for layer in record.per_layer if layer.numel and layer.removed == layer.numel]
-        if emptied:
-            shown = ", ".join(emptied[:8]) + (f" and {len(emptied) - 8} more" if len(emptied) > 8 else "")
-            warnings.warn(f"prune_: nothing is left of {shown}", stacklevel=3)
+        warn_of_emptied(emptied, "prune_", stacklevel=4)
         return record
 
     def _write_lines(self, tensors: list[Tensor], q: int, path: ModuleType) -> PruneRecord:

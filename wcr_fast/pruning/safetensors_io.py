@@ -72,7 +72,10 @@ def read_header(path: Path) -> Header:
         size = os.fstat(fd).st_size
         if size < 8:
             _damaged(path, f"{size} bytes are too few for a safetensors file")
-        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        start = os.pread(fd, 8, 0)
+        if start[:4] == b"PK\x03\x04":
+            _damaged(path, "a zip, as torch.save writes it: save the tensors with safetensors.torch.save_file")
+        length = int.from_bytes(start, "little")
         if length > min(size - 8, MAX_HEADER_BYTES):
             _damaged(path, f"the header claims {length:,} bytes, the file has {size:,}")
         raw = bytearray(length)

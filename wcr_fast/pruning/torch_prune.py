@@ -12,6 +12,10 @@ ORIG, MASK = "_orig", "_mask"
 
 def pairs(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (values, mask) by the name of the weight; raise ValueError where there is none, or shapes differ."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"expected the state_dict of a model under torch.nn.utils.prune, got {type(state_dict).__name__}"
+        )
     names = [key.removesuffix(ORIG) for key in state_dict if key.endswith(ORIG)]
     found = {n: (state_dict[n + ORIG], state_dict[n + MASK]) for n in names if n + MASK in state_dict}
     if not found:
