@@ -28,10 +28,12 @@ class StepPlan:
 
     def __init__(self, slots: Sequence[Slot], rule: Rule) -> None:
         self._slots, self._rule = slots, rule
-        self._updates = [_Update(slot, rule) for slot in slots]
+        self._updates = [_Update(slot, rule, place) for place, slot in enumerate(slots)]
+        # How the last step was taken.
         self._sorted_by: tuple = ()
         self._batches: list[_Batch] = []
         self._queued: list[_Update] = []
+        self._steps: list[Tensor] = []
 
     def run(self, step: Step, stats: Tensor | None, coef: Tensor | None, *, repeated: bool = False) -> None:
         """Step every slot that has a gradient, or a penalty; see :class:`wcr_fast.optim.FusedOptimizer`.
@@ -45,38 +47,40 @@ class StepPlan:
             return
         pull = _pulls(self._slots, self._rule, step, stats, coef)
         scale = 1.0 if step.grad_scale is None else 1.0 / float(step.grad_scale)
-        stepped = self._begin(step, pull, scale)
+        begun: list[_Update] = []
         sorted_by = scale == 1.0, *pull
+        if sorted_by != self._sorted_by or self._queued or any(batch.counts for batch in self._batches):
+            begun = self._begin(step, pull, scale)
         if sorted_by != self._sorted_by:
-            self._sort(stepped)
+            self._sort(begun)
             self._sorted_by = sorted_by
+        if self._steps:  # of parameters without elements, too: other ranks may hold some
+            torch._foreach_add_(self._steps, 1.0)
         queue = _Queue(self._rule)
         for update in self._queued:
             queue.add(update)
         queue.flush()
         for batch in self._batches:
-            batch.run()
-        for update in stepped:
+            batch.run(step)
+        for update in begun:
             update.grad = None  # it is not kept alive until the next step
 
     def _begin(self, step: Step, pull: dict[int, tuple[float, ...]], scale: float) -> list[_Update]:
-        """Tell the updates what holds for this step, and count it; return those that step."""
-        stepped = []
+        """Tell the updates what holds for this step; return those that step."""
+        begun = []
         for update, grad in zip(self._updates, step.grads, strict=True):
             slot = update.slot
             if grad is not None or slot.layer in pull:
                 update.begin(grad, step.groups[slot.group], pull.get(slot.layer), scale)
-                stepped.append(update)
-        counts = [u.slot.state["step"] for u in stepped if "step" in u.slot.state]
-        if counts:  # of parameters without elements, too: other ranks may hold some
-            torch._foreach_add_(counts, 1.0)
-        return stepped
+                begun.append(update)
+        return begun
 
-    def _sort(self, stepped: Sequence[_Update]) -> None:
+    def _sort(self, begun: Sequence[_Update]) -> None:
         """Find out which parameters torch's kernels can take as they are."""
         whole: dict[tuple, list[_Update]] = {}
         self._queued = []
-        for update in stepped:
+        self._steps = [u.slot.state["step"] for u in begun if "step" in u.slot.state]
+        for update in begun:
             if update.slot.weight.numel() == 0:
                 continue
             if update.is_plain():
@@ -90,13 +94,21 @@ class _Batch:
     """Parameters of one kind that torch's kernel takes in one call, as they are."""
 
     def __init__(self, updates: Sequence[_Update]) -> None:
-        self._updates = updates
-        self._weights = [u.slot.weight.detach() for u in updates]
-        self._states = [[u.slot.state.get(name) for u in updates] for name in STATE_NAMES[updates[0].rule.algorithm]]
-        self._steps = [u.slot.state["step"] for u in updates if "step" in u.slot.state]
+        self._first, slots = updates[0], [u.slot for u in updates]
+        self._places = [u.place for u in updates]
+        self._weights = [slot.weight.detach() for slot in slots]
+        self._states = [[slot.state.get(name) for slot in slots] for name in STATE_NAMES[self._first.rule.algorithm]]
+        self._steps = [slot.state["step"] for slot in slots if "step" in slot.state]
 
-    def run(self) -> None:
-        self._updates[0].call(self._weights, [u.grad for u in self._updates], self._states, self._steps)
+    @property
+    def counts(self) -> bool:
+        """Whether the call depends on the number of the step."""
+        return self._first.counts
+
+    def run(self, step: Step) -> None:
+        grads = [step.grads[place] for place in self._places]
+        group = step.groups[self._first.slot.group]
+        self._first.call(group, self._weights, grads, self._states, self._steps)
 
 
 def _pulls(
@@ -125,15 +137,15 @@ class _Update:
     scale: float
     count = 1  # of the steps before this one, where it matters
 
-    def __init__(self, slot: Slot, rule: Rule) -> None:
-        self.slot, self.rule = slot, rule
-        self._counts = "step" in slot.state and (rule.algorithm == "sgd" or rule.stochastic)
+    def __init__(self, slot: Slot, rule: Rule, place: int) -> None:
+        self.slot, self.rule, self.place = slot, rule, place
+        self.counts = "step" in slot.state and (rule.algorithm == "sgd" or rule.stochastic)
         self.names = [name for name in STATE_NAMES[rule.algorithm] if name in slot.state]
         self._views: _Views | None = None
 
     def begin(self, grad: Tensor | None, group: dict[str, Any], pull: tuple[float, ...] | None, scale: float) -> None:
         self.grad, self.group, self.pull, self.scale = grad, group, pull, scale
-        if self._counts:
+        if self.counts:
             self.count = int(self.slot.state["step"].item())
 
     def kind(self) -> tuple:
@@ -153,13 +165,13 @@ class _Update:
 
     def call(
         self,
+        group: dict[str, Any],
         weights: list[Tensor],
         grads: list[Tensor],
         states: Sequence[list[Tensor | None]],
         steps: list[Tensor],
     ) -> None:
-        """Call torch's fused kernel on lists that share this update's group."""
-        group = self.group
+        """Call torch's fused kernel on lists of this update's kind, with the options of its group."""
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         if self.rule.algorithm == "sgd":
             torch._fused_sgd_(
@@ -318,6 +330,7 @@ class _Queue:
         waiting, self._waiting, self._used = self._waiting, [], 0
         updates, _, blocks = zip(*waiting, strict=True)
         updates[0].call(
+            updates[0].group,
             [b.values for b in blocks],
             [b.gradient for b in blocks],
             [[b.states.get(name) for b in blocks] for name in self._names],
