@@ -15,7 +15,7 @@ ORDER = [
     {"wcr_fast.native", "wcr_fast.table", "wcr_fast.slots", "wcr_fast.watch"},
     {"wcr_fast.torch_path", "wcr_fast.triton_path"},
     {"wcr_fast.ops"},
-    {"wcr_fast.attach", "wcr_fast.regularizers", "wcr_fast.pruning", "wcr_fast.optim"},
+    {"wcr_fast.attach", "wcr_fast.curvature", "wcr_fast.regularizers", "wcr_fast.pruning", "wcr_fast.optim"},
     {"wcr_fast", "wcr_fast.machine"},
     {"wcr_fast.experiments", "wcr_fast.report"},
     {"wcr_fast.doctor", "wcr_fast.info"},

@@ -267,10 +267,18 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         if self._plan is None:
             self._plan = StepPlan(self._slots, rule)
-        stats, coef = self._penalty.moments() if rule.penalty else (None, None)
+        stats, coef = self._moments()
         added = value(self._slots, coef, step) if with_value and rule.penalty else None
         self._plan.run(step, stats, coef)
         return added
+
+    def _moments(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return stats and coefficients of the penalised weights, on the torch path."""
+        if self._rule.penalty is None:
+            return None, None
+        stats, coef = self._penalty.moments()
+        self._penalty.warn_of_long_steps(self, self._slots, lambda: stats)
+        return stats, coef
 
     def _step_on_triton(self, step: Step, rule: Rule, with_value: bool) -> Tensor | None:
         from wcr_fast.triton_path.step import StepPlan
@@ -304,6 +312,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if self._rule.penalty.family is None:
                     self._penalty.complete(plan)
             self._versions = versions
+        self._penalty.warn_of_long_steps(self, self._slots, plan.stats)
 
     def _versions_now(self) -> np.ndarray:
         return np.array(list(map(_version, self._counted)), dtype=np.int64)
@@ -375,8 +384,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not self._on_triton:
             with torch.no_grad():
                 grads = [p.grad for group in self.param_groups for p in group["params"]]
-                stats, coef = self._penalty.moments() if self._rule.penalty else (None, None)
-                self._plan.run(Step(grads, self._groups_now(), *self._scaler()), stats, coef, repeated=True)
+                self._plan.run(Step(grads, self._groups_now(), *self._scaler()), *self._moments(), repeated=True)
             return
         plan, penalty = self._plan, self._rule.penalty
         if penalty:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wcr_fast import regularizers
+from wcr_fast.curvature import CurvatureWatch
 from wcr_fast.ops.moments import stats_of
 from wcr_fast.ops.sharded import is_sharded, local, merged_stats
 from wcr_fast.regularizers import Regularizer
@@ -52,6 +53,7 @@ class OwnedPenalty:
         self._optimizer, self._asked, self._exclude, self._mode = optimizer, asked, exclude, mode
         self._layers: list[Weight] = []
         self._places: list[int] = []  # of the layers among the regularizer's weights
+        self._curvature = CurvatureWatch()
 
     @property
     def weights(self) -> list[Weight]:
@@ -151,6 +153,17 @@ class OwnedPenalty:
     def complete(self, plan: Any) -> None:
         """Compute what a plan's kernels leave open: moments over all shards, coefficients of a user's own formula."""
         plan.set_moments(*self._completed(plan.stats()))
+
+    def warn_of_long_steps(
+        self, optimizer: torch.optim.Optimizer, slots: Sequence[Slot], stats: Callable[[], Tensor]
+    ) -> None:
+        """Warn once where SGD is about to take a step that is too long for the penalty's curvature."""
+
+        def find() -> tuple[Mapping[int, dict[str, Any]], Tensor]:
+            groups = {slot.layer: optimizer.param_groups[slot.group] for slot in slots}
+            return {place: groups[layer] for layer, place in enumerate(self._places)}, stats()
+
+        self._curvature.look(self.regularizer, optimizer, slots[0].weight.device, find)
 
     def _completed(self, stats: Tensor) -> tuple[Tensor, Tensor]:
         stats = merged_stats(stats, [w.current() for w in self._layers])
