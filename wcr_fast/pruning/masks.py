@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import weakref
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +18,10 @@ from wcr_fast.ops import select
 from wcr_fast.ops.sharded import is_sharded
 from wcr_fast.pruning import mask_file, torch_prune
 from wcr_fast.pruning.keep import KeepHandle, enforce_, words_of
-from wcr_fast.pruning.prune import check_writable, chosen, warn_of_emptied
+from wcr_fast.pruning.named import Named, check_fits, find, listed, optimizer_names, recalled, remember
+from wcr_fast.pruning.prune import chosen, warn_of_emptied
 from wcr_fast.torch_path import bits
-from wcr_fast.weights import Exclude, Weight, Weights, as_weights, check_plain, choose
-
-Named = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+from wcr_fast.weights import Exclude, Weight, Weights, as_weights, choose
 
 
 class Masks:
@@ -55,7 +53,7 @@ class Masks:
         self, layers: Mapping[str, tuple[Tensor, torch.Size]], *, source: Any = None, weights_sha256: str | None = None
     ) -> None:
         self._layers = dict(layers)  # name -> plain bits, shape
-        self._source = _remember(source)
+        self._source = remember(source)
         self.weights_sha256 = weights_sha256
 
     @classmethod
@@ -76,7 +74,7 @@ class Masks:
             >>> Masks.from_model(model)
             Masks(1 layer, 8 of 16 weights kept, sparsity 0.5000)
         """
-        op, model = "from_model", _listed(model)
+        op, model = "from_model", listed(model)
         if isinstance(model, nn.Module):
             _refuse_torch_prune(model, op)
         weights, _ = chosen(model, exclude, op)
@@ -98,7 +96,7 @@ class Masks:
             >>> Masks.from_sparsity(torch.nn.Linear(4, 4), None, "2:4").kept
             8
         """
-        op, model = "from_sparsity", _listed(model)
+        op, model = "from_sparsity", listed(model)
         value = 0.0 if select.check_scope(scope, sparsity, op) else select.check_sparsity(sparsity, op)
         weights, _ = chosen(model, exclude, op)
         _refuse_nan(weights, op)
@@ -122,7 +120,7 @@ class Masks:
             >>> Masks.from_threshold([torch.tensor([1.0, -3.0, 2.0, 2.0])], 2.0).kept
             3
         """
-        op, model = "from_threshold", _listed(model)
+        op, model = "from_threshold", listed(model)
         cut = float(threshold)
         if not cut >= 0:
             raise ValueError(f"{op}: threshold must be a magnitude, 0 or more, got {cut}")
@@ -157,7 +155,7 @@ class Masks:
             >>> Masks.from_masks({"0.weight": torch.tensor([[True, False]])})["0.weight"]
             tensor([[ True, False]])
         """
-        op, model = "from_masks", _listed(model)
+        op, model = "from_masks", listed(model)
         if isinstance(masks, Mapping):
             named = dict(masks)
         elif model is None:
@@ -306,9 +304,9 @@ class Masks:
             4
         """
         base = unwrap(optimizer, "keep")
-        target = model if model is not None else self._origin()
+        target = model if model is not None else recalled(self._source)
         if target is None:
-            named = _optimizer_names(base)
+            named = optimizer_names(base)
             target = {name: param for name, param in named.items() if name in self}
             if not target:
                 raise ValueError(
@@ -371,7 +369,7 @@ class Masks:
             >>> masks.kept, masks.digest(model) == masks.weights_sha256
             (4, True)
         """
-        target = model if model is not None else self._origin()
+        target = model if model is not None else recalled(self._source)
         sha256 = self.weights_sha256 if target is None else self.digest(target)
         mask_file.write(Path(path), self._layers, sha256)
 
@@ -388,68 +386,16 @@ class Masks:
     def _warn_of_emptied(self, op: str) -> None:
         warn_of_emptied([name for name, (packed, _) in self._layers.items() if not packed.any()], op, stacklevel=4)
 
-    def _origin(self) -> Named | None:
-        """Return the model or tensors that these masks were made from, while they exist."""
-        if isinstance(self._source, tuple):
-            found = [ref() for ref in self._source]
-            return None if any(t is None for t in found) else found
-        return None if self._source is None else self._source()
-
     def _find(self, target: Named, op: str, names: Iterable[str] | None = None) -> list[Weight]:
         """Return the weights of a model, in the masks' order; raise when one is missing or can't have its mask."""
-        names = list(self if names is None else names)
-        if isinstance(target, nn.Module):
-            target = _unwrapped(target, names)
-            found = {name: weight for name in names if (weight := _parameter(target, name)) is not None}
-            known = [name for name, _ in target.named_parameters()]
-        else:
-            tensors = target if isinstance(target, Mapping) else {w.name: w.param for w in as_weights(target, op=op)}
-            found = {name: Weight(name, tensors[name], (name,)) for name in names if name in tensors}
-            known = list(tensors)
-        missing = [name for name in names if name not in found]
-        if missing:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            there = ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
-            raise ValueError(f"{op}: there is no parameter {missing[0]}{more}; there are: {there or 'none'}")
+        found = find(target, list(self if names is None else names), op)
         first: dict[int, str] = {}
         for name, weight in found.items():
-            _check_fits(weight, self._layers[name][1], op)
+            check_fits(weight, self._layers[name][1], op)
             other = first.setdefault(id(weight.param), name)
             if not torch.equal(self._layers[other][0], self._layers[name][0]):
                 raise ValueError(f"{op}: {other} and {name} are one parameter, their masks differ")
         return [found[name] for name in first.values()]
-
-
-def _check_fits(weight: Weight, shape: Sequence[int], op: str) -> None:
-    param = weight.param
-    if not is_sharded(param):
-        check_plain(param, f"{op}: {weight.name}")
-    if not param.is_floating_point() or param.element_size() < 2:
-        raise TypeError(f"{op}: {weight.name} must be float16, bfloat16, float32 or float64, got {param.dtype}")
-    if param.shape != shape:
-        raise ValueError(f"{op}: {weight.name} has shape {tuple(param.shape)}, its mask {tuple(shape)}")
-    check_writable(weight, op)
-
-
-def _parameter(model: nn.Module, name: str) -> Weight | None:
-    """Return the parameter of this name, with the module that owns it, or None."""
-    path, _, attribute = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    param = module._parameters.get(attribute)
-    return None if param is None else Weight(name, param, (name,), owner=(module, attribute))
-
-
-def _unwrapped(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Return the module inside of wrappers (averaged, distributed, compiled) whose parameters have these names."""
-    inside: nn.Module | None = model
-    while inside is not None:
-        if all(_parameter(inside, name) is not None for name in names):
-            return inside
-        inside = next((m for key in ("module", "_orig_mod") if (m := inside._modules.get(key)) is not None), None)
-    return model
 
 
 def _by_place(masks: Sequence[Tensor], weights: Sequence[Weight], op: str) -> dict[str, Tensor]:
@@ -458,33 +404,6 @@ def _by_place(masks: Sequence[Tensor], weights: Sequence[Weight], op: str) -> di
             f"{op}: {len(masks)} masks for {len(weights)} weights: {', '.join(w.name for w in weights[:8])}"
         )
     return {w.name: m for w, m in zip(weights, masks, strict=True)}
-
-
-def _optimizer_names(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the parameters of an optimizer that was built on named ones."""
-    named = [zip(group.get("param_names", ()), group["params"]) for group in optimizer.param_groups]  # noqa: B905
-    return {name: param for pairs in named for name, param in pairs}
-
-
-def _remember(source: Any) -> Any:
-    """Return weak references to a module, or to tensors: masks keep no model alive."""
-    if source is None or isinstance(source, Mapping):
-        return None
-    if isinstance(source, (nn.Module, Tensor)):
-        return weakref.ref(source)
-    return tuple(weakref.ref(t) for t in source)
-
-
-# What holds a model under another name, with all its parameters.
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.optim.swa_utils.AveragedModel)
-
-
-def _listed(model: Any) -> Any:
-    """Return the model inside of wrappers, so that names are its own; an iterable of tensors as a list."""
-    while isinstance(model, _WRAPPERS) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
-    once = isinstance(model, Iterable) and not isinstance(model, (nn.Module, Tensor, Mapping))
-    return list(model) if once else model
 
 
 def _refuse_nan(weights: Sequence[Weight], op: str) -> None:
