@@ -1101,6 +1101,26 @@ def test_hooks_and_schedulers(backend, device):
     assert isinstance(optimizer, torch.optim.AdamW)
 
 
+@pytest.mark.parametrize("algorithm", OURS)
+def test_every_number_may_change_at_every_step(backend, device, algorithm):
+    """Without a penalty, a mask or a count, too, where all parameters go to torch in one call."""
+    runs = []
+    for kind in (OURS[algorithm], TORCHS[algorithm]):
+        model = net(torch.float64, device)
+        params = list(model.parameters())
+        options = {"momentum": 0.9} if algorithm == "sgd" else {}
+        optimizer = kind([{"params": params[:2]}, {"params": params[2:], "lr": 0.02}], lr=0.01, **options)
+        for number in range(5):
+            for place, group in enumerate(optimizer.param_groups):
+                group["lr"] *= 0.7 + place
+                group["weight_decay"] = 0.01 * number
+                group["momentum" if algorithm == "sgd" else "eps"] = 0.5 / (number + place + 1)
+            backward(model, optimizer, number)
+            optimizer.step()
+        runs.append([p.detach() for p in params])
+    assert error(*runs) < 1e-13
+
+
 @pytest.mark.usefixtures("look")
 def test_a_backward_across_a_step_raises(backend, device):
     p = nn.Parameter(torch.randn(4, 4, device=device))
