@@ -64,7 +64,7 @@ TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 EXCESSES = (
     Excess("_nm_kernel", "8:16", "every element's rank among sixteen is counted rival by rival"),
     Excess("_histogram_kernel", "", "tl.histogram consists of ballots", before=(3, 8)),
-    Excess("_rows_kernel", "bfloat16", "its histogram consists of ballots", before=(3, 8)),
+    Excess("_rows_kernel", "float16", "its histogram consists of ballots", before=(3, 8)),
 )
 
 

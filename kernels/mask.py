@@ -275,7 +275,7 @@ def _nm_kernel(
 
 
 def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool) -> dict:
-    settings = config("mask", dtype)
+    settings = config("mask", key_dtype)  # keys take the registers
     return {
         "DTYPE": TRITON_DTYPES[dtype],
         "KEY_BITS": 8 * key_dtype.itemsize,
@@ -316,7 +316,7 @@ def launch_ties(
     """Write to ties (int32, chunks in list order) how many keys of each chunk equal the cut, key (int64 [S])."""
     args = rows, block_to_tensor, key, ties
     constants = _mask_constants(dtype, key_dtype, per_layer)
-    launch(_ties_kernel, block_to_tensor.numel(), args, constants, config("mask", dtype).options())
+    launch(_ties_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
 
 
 def launch_mask(
@@ -340,7 +340,7 @@ def launch_mask(
     addresses = rows if out_addrs is None else out_addrs
     args = rows, block_to_tensor, addresses, key, quota, ties_before, any_bad
     constants = _mask_constants(dtype, key_dtype, per_layer) | {"TO_MASK": out_addrs is not None}
-    launch(_mask_kernel, block_to_tensor.numel(), args, constants, config("mask", dtype).options())
+    launch(_mask_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
 
 
 def launch_nm(
@@ -371,7 +371,7 @@ def variants() -> list[Variant]:
     for dtype, key_dtype in pairs:
         label = f"{dtype} as {key_dtype}".replace("torch.", "")
         constants = _mask_constants(dtype, key_dtype, False)
-        warps = config("mask", dtype).warps
+        warps = config("mask", key_dtype).warps
         listed.append(Variant(_ties_kernel, label, ties, constants, warps, bytes_per_element=dtype.itemsize))
         for to_mask in (False, True):
             listed.append(
@@ -385,16 +385,18 @@ def variants() -> list[Variant]:
                 )
             )
     for dtype in TRITON_DTYPES:
+        chosen = config("nm", dtype)
         for n, m in ((2, 4), (1, 4), (2, 3), (4, 8), (8, 16)):
             label = f"{dtype} {n}:{m}".replace("torch.", "")
             constants = _nm_constants(dtype, n, m, False)
             streams = int(constants["WIDTH"] == m)
             moved = 2 * dtype.itemsize if streams else None
             essential = (n, m) in ((2, 4), (2, 3), (8, 16))
-            warps = config("nm", dtype).warps
-            listed.append(Variant(_nm_kernel, label, nm, constants, warps, streams, essential, moved))
+            listed.append(
+                Variant(_nm_kernel, label, nm, constants, chosen.warps, streams, essential, moved, chosen.options())
+            )
         constants = _nm_constants(dtype, 2, 4, True)
         label = f"{dtype} 2:4 mask".replace("torch.", "")
-        warps = config("nm", dtype).warps
-        listed.append(Variant(_nm_kernel, label, nm, constants, warps, bytes_per_element=dtype.itemsize + 1))
+        moved = dtype.itemsize + 1
+        listed.append(Variant(_nm_kernel, label, nm, constants, chosen.warps, 1, True, moved, chosen.options()))
     return listed
