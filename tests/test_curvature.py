@@ -70,7 +70,7 @@ def warned(optimizer, times=1):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         step(optimizer, times)
-    return [str(w.message) for w in caught]
+    return [str(w.message) for w in caught if w.category is UserWarning]
 
 
 @BUILDERS

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from conftest import DEVICE, TRITON_SKIP, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import magnitudes, penalty_and_grads
@@ -353,18 +354,18 @@ def test_stochastic_rounding_is_right_in_the_mean(backend, device):
     assert abs(down - 0.25) < 4 * (0.25 * 0.75 / 40_000) ** 0.5
 
 
+@needs_triton
 def test_stochastic_rounding_is_the_same_on_both_paths():
-    pytest.importorskip("triton")
     runs = []
     for path in ("torch", "triton"):
         with wcr_fast.backend(path):
             torch.manual_seed(5)
-            p = nn.Parameter(torch.randn(40_000).bfloat16())
+            p = nn.Parameter(torch.randn(40_000).bfloat16().to(DEVICE if path == "triton" else "cpu"))
             optimizer = SGD([p], lr=1e-3, stochastic_rounding=True)
             for number in range(2):
-                p.grad = torch.randn(40_000, generator=torch.Generator().manual_seed(number)).bfloat16()
+                p.grad = torch.randn(40_000, generator=torch.Generator().manual_seed(number)).to(p)
                 optimizer.step()
-            runs.append(p.detach().clone())
+            runs.append(p.detach().cpu())
     assert torch.equal(*runs)
 
 
@@ -709,25 +710,25 @@ def test_many_tiny_parameters(backend, device):
 @given(data=st.data())
 def test_random_lists_equal_the_reference(data):
     """Shapes, dtypes and options drawn at random, on both paths."""
-    pytest.importorskip("triton")
-    path = data.draw(st.sampled_from(["torch", "triton"]))
+    path = data.draw(st.sampled_from(["torch"] if TRITON_SKIP else ["torch", "triton"]))
     name = data.draw(st.sampled_from([n for n in OPTIONS if "nesterov" not in n]))
     family = data.draw(st.sampled_from([None, *STRENGTHS]))
     shapes = data.draw(st.lists(st.tuples(st.integers(2, 9), st.integers(2, 200)), min_size=1, max_size=4))
     algorithm, options = name.split()[0], OPTIONS[name]
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    params = [nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in shapes]
+    device = DEVICE if path == "triton" else "cpu"
+    params = [nn.Parameter(torch.randn(s, dtype=torch.float64).to(device)) for s in shapes]
     reg = REGULARIZERS[family](params) if family else None
     optimizer = OURS[algorithm](params, **options, penalty=reg, lam=STRENGTHS.get(family))
     chosen = (family, STRENGTHS[family], reg.eps, reg.r, range(len(params))) if family else None
-    trainer = Trainer(algorithm, params, options, chosen)
+    trainer = Trainer(algorithm, [p.cpu() for p in params], options, chosen)
     with wcr_fast.backend(path):
         for _ in range(2):
             for p in params:
                 p.grad = torch.randn_like(p)
-            trainer.step([p.grad for p in params])
+            trainer.step([p.grad.cpu() for p in params])
             optimizer.step()
-    assert error(params, trainer.params) < 1e-12
+    assert error([p.cpu() for p in params], trainer.params) < 1e-12
 
 
 def test_masks_hold_weight_and_state(backend, device):
