@@ -63,7 +63,6 @@ class Excess:
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 EXCESSES = (
     Excess("_nm_kernel", "8:16", "every element's rank among sixteen is counted rival by rival"),
-    Excess("_histogram_kernel", "", "tl.histogram consists of ballots", before=(3, 8)),
     Excess("_rows_kernel", "float16", "its histogram consists of ballots", before=(3, 8)),
 )
 
@@ -272,7 +271,9 @@ def main(argv: list[str] | None = None) -> int:
         (number, target)
         for number, variant in enumerate(_variants_once())
         for target in args.target or TARGETS
-        if args.only in f"{variant.kernel.__name__} {variant.label}" and (is_essential(variant) or not args.essential)
+        if args.only in f"{variant.kernel.__name__} {variant.label}"
+        and (is_essential(variant) or not args.essential)
+        and variant.backend in (None, TARGETS[target].backend)
     ]
     # Threads would wait for each other: most of a compilation is Python and one process's LLVM.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:

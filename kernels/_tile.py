@@ -124,11 +124,11 @@ def magnitude(w, r, SMOOTH: tl.constexpr):
 def magnitude_key(x, KEY_BITS: tl.constexpr):
     """Return the bit pattern of |x| in the comparison dtype, an integer ordered like |x| (int32, or int64)."""
     if KEY_BITS == 16:
-        key = x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
+        key = x.to(tl.uint16, bitcast=True).to(tl.int32) & 0x7FFF
     elif KEY_BITS == 64:
         key = x.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     elif x.dtype == tl.bfloat16:  # the upper half of the float32 pattern
-        key = (x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF) << 16
+        key = (x.to(tl.uint16, bitcast=True).to(tl.int32) & 0x7FFF) << 16
     else:
         key = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return key

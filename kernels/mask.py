@@ -1,8 +1,9 @@
 """Apply a selection: zero what is removed in place, or write boolean masks; and n:m, which needs no selection.
 
-A weight stays when its key lies above the cut, or equals it and is among the first ``ties`` such weights in list
-order, then logical row-major order. One pass counts the equal keys of every chunk in logical order; with their
-running sum, all chunks but one need a plain comparison. The mask pass reads each element once and writes it once.
+A weight stays when its key lies above the cut, or equals it and is among the first ``quota`` such weights in list
+order, then logical row-major order. Where the number of equal keys of every chunk is known, their running sum tells
+each chunk how many of its own stay: all chunks but one need a plain comparison, and one pass is all. Where it isn't,
+the pass keeps all equal keys and counts them per chunk, and a second one visits only the chunks that kept too many.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
 
 _CHUNK = tl.constexpr(CHUNK)
 
-# Extra columns of a mask table: the number of chunks of all earlier tensors in the list, and the layout.
+# Extra columns of a mask table: the number of chunks of all earlier tensors in the list, whether the chunks follow
+# each other in another than the logical order, and the layout.
 _COL_ORDER = tl.constexpr(4)
-_COL_LAYOUT = tl.constexpr(5)
-_MASK_WIDTH = tl.constexpr(5 + LAYOUT_WIDTH)
+_COL_PERMUTED = tl.constexpr(5)
+_COL_LAYOUT = tl.constexpr(6)
+_MASK_WIDTH = tl.constexpr(6 + LAYOUT_WIDTH)
+
+# What a mask pass does: apply cuts whose ties are known, keep and count all ties, or remove those that are too many.
+KNOWN, COUNT, TRIM = range(3)
+_COUNT, _TRIM = tl.constexpr(COUNT), tl.constexpr(TRIM)
 
 # Extra columns of an n:m table, whose unit is a group: distance of two elements of a group, and layout of the
 # groups' first elements; in the tensor, then in the mask.
@@ -42,31 +49,29 @@ _NM_WIDTH = tl.constexpr(6 + 2 * LAYOUT_WIDTH)
 
 
 @triton.jit
-def _count_ties(
-    ptr,
-    layout_ptr,
-    start,
-    count,
-    cut,
-    KEY_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
+def _count_ties(ptr, layout_ptr, start, count, cut, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     ties = tl.zeros((BLOCK,), tl.int32)
-    if FULL:
-        for i in range(_CHUNK // BLOCK):
-            key = magnitude_key(tl.load(ptr + start + i * BLOCK + lanes), KEY_BITS)
-            ties += (key == cut.to(key.dtype)).to(tl.int32)
-    else:
-        for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
-            offs = i * BLOCK + lanes
-            mask = offs < count
-            key = magnitude_key(
-                tl.load(ptr + strided_offsets(layout_ptr, start + offs), mask=mask, other=0.0), KEY_BITS
-            )
-            ties += (mask & (key == cut.to(key.dtype))).to(tl.int32)
+    for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
+        offs = i * BLOCK + lanes
+        mask = offs < count
+        x = tl.load(ptr + strided_offsets(layout_ptr, start + offs), mask=mask, other=0.0)
+        ties += (mask & (magnitude_key(x, KEY_BITS) == cut.to(tl.int64))).to(tl.int32)
     return tl.sum(ties)
+
+
+@triton.jit
+def _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, count, PER_LAYER: tl.constexpr):
+    """Return how many ties of a chunk stay, how many there are, and whether the tensor's ties are cut in the middle."""
+    first_ptr = ties_before_ptr + tl.load(row_ptr + _COL_ORDER)
+    first = tl.load(first_ptr)
+    before = tl.load(first_ptr + chunk)
+    here = tl.load(first_ptr + chunk + 1) - before
+    whole = tl.load(first_ptr + tl.cdiv(tl.load(row_ptr + ROW_LENGTH), _CHUNK)) - first
+    left = tl.load(quota_ptr + segment)
+    if not PER_LAYER:
+        left -= first
+    return left - (before - first), here, (left > 0) & (left < whole)
 
 
 @triton.jit
@@ -74,6 +79,8 @@ def _ties_kernel(
     rows_ptr,
     block_to_tensor_ptr,
     key_ptr,
+    quota_ptr,
+    ties_before_ptr,
     ties_ptr,
     DTYPE: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -81,20 +88,18 @@ def _ties_kernel(
     BLOCK: tl.constexpr,
     GENERAL: tl.constexpr,
 ):
-    """One program per chunk, in logical order, writes how many of its keys equal the cut to ``ties``."""
+    """One program per chunk counts its ties in logical order anew, where ``ties_before`` cuts its tensor's ties."""
     _, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _MASK_WIDTH)
-    address = tl.load(row_ptr + ROW_ADDRESS)
-    layout_ptr = row_ptr + _COL_LAYOUT
+    segment = tl.load(row_ptr + ROW_POSITION) if PER_LAYER else 0
     start = chunk * _CHUNK
     count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
-    cut = tl.load(key_ptr + tl.load(row_ptr + ROW_POSITION)) if PER_LAYER else tl.load(key_ptr)
-    ptr = address.to(tl.pointer_type(DTYPE))
-    if (count == _CHUNK) & is_aligned(address) & is_contiguous(layout_ptr, 1):
-        full_ptr = tl.multiple_of(ptr, 16)
-        ties = _count_ties(full_ptr, layout_ptr, start, count, cut, KEY_BITS, BLOCK, True)
-    else:
-        ties = _count_ties(ptr, layout_ptr, start, count, cut, KEY_BITS, GENERAL, False)
-    tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties)
+    _, _, cut_here = _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, count, PER_LAYER)
+    if cut_here:
+        layout_ptr = row_ptr + _COL_LAYOUT
+        cut = tl.load(key_ptr + segment)
+        ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE))
+        ties = _count_ties(ptr, layout_ptr, start, count, cut, KEY_BITS, GENERAL)
+        tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties)
 
 
 @triton.jit
@@ -109,17 +114,24 @@ def _write(out_ptr, offs, x, stays, mask, TO_MASK: tl.constexpr):
 def _mask_full_chunk(
     ptr,
     out_ptr,
+    cut,
     lowest,
     KEY_BITS: tl.constexpr,
     TO_MASK: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Keep the keys of an aligned chunk from ``lowest`` on; where COUNTED, return how many equal the cut."""
     lanes = tl.arange(0, BLOCK)
+    ties = tl.zeros((BLOCK,), tl.int32)
     for i in range(_CHUNK // BLOCK):
         offs = i * BLOCK + lanes
         x = tl.load(ptr + offs)
         key = magnitude_key(x, KEY_BITS)
+        if COUNTED:
+            ties += (key == cut.to(key.dtype)).to(tl.int32)
         _write(out_ptr, offs, x, key >= lowest.to(key.dtype), None, TO_MASK)
+    return tl.sum(ties)
 
 
 @triton.jit
@@ -135,8 +147,9 @@ def _mask_any_chunk(
     TO_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Apply a cut in logical order to a chunk of any layout: the first ``quota`` of the keys equal to it stay."""
+    """Apply a cut in the layout's order to any chunk: the first ``quota`` of its ties stay; return how many it has."""
     lanes = tl.arange(0, BLOCK)
+    ties = tl.zeros((), tl.int64)
     for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
         offs = i * BLOCK + lanes
         mask = offs < count
@@ -145,12 +158,14 @@ def _mask_any_chunk(
         key = magnitude_key(x, KEY_BITS)
         equal = mask & (key == cut.to(key.dtype))
         here = tl.sum(equal.to(tl.int32)).to(tl.int64)
-        if (quota > 0) & (quota < here):
-            stays = (key > cut.to(key.dtype)) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= quota))
+        left = quota - ties
+        if (left > 0) & (left < here):
+            stays = (key > cut.to(key.dtype)) | (equal & (tl.cumsum(equal.to(tl.int32), axis=0) <= left))
         else:
-            stays = key >= (cut + (quota < here).to(tl.int64)).to(key.dtype)
-        quota -= here
+            stays = key >= (cut + (left < here).to(tl.int64)).to(key.dtype)
+        ties += here
         _write(out_ptr, (start + offs) if TO_MASK else where, x, stays, mask, TO_MASK)
+    return ties
 
 
 @triton.jit
@@ -161,15 +176,20 @@ def _mask_kernel(
     key_ptr,
     quota_ptr,
     ties_before_ptr,
+    ties_ptr,
     any_bad_ptr,
     DTYPE: tl.constexpr,
     KEY_BITS: tl.constexpr,
     PER_LAYER: tl.constexpr,
     TO_MASK: tl.constexpr,
+    PASS: tl.constexpr,
     BLOCK: tl.constexpr,
     GENERAL: tl.constexpr,
 ):
-    """One program per chunk zeroes in place what is removed (nothing if ``any_bad``), or writes to ``out_addrs``."""
+    """One program per chunk zeroes in place what is removed (nothing if ``any_bad``), or writes to ``out_addrs``.
+
+    A counting pass keeps all ties and writes their number to ``ties``.
+    """
     tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _MASK_WIDTH)
     address = tl.load(row_ptr + ROW_ADDRESS)
     layout_ptr = row_ptr + _COL_LAYOUT
@@ -177,13 +197,15 @@ def _mask_kernel(
     count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
     segment = tl.load(row_ptr + ROW_POSITION) if PER_LAYER else 0
     cut = tl.load(key_ptr + segment)
-    first_ptr = ties_before_ptr + tl.load(row_ptr + _COL_ORDER)
-    before = tl.load(first_ptr + chunk)
-    here = tl.load(first_ptr + chunk + 1) - before
-    if PER_LAYER:
-        before -= tl.load(first_ptr)
-    quota = tl.load(quota_ptr + segment) - before
-
+    wanted = TO_MASK or tl.load(any_bad_ptr) == 0
+    if PASS == _COUNT:
+        quota, here = count, count  # more than there can be
+    else:
+        quota, here, cut_here = _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, count, PER_LAYER)
+        if (tl.load(row_ptr + _COL_PERMUTED) != 0) & cut_here:
+            quota = here  # which ones stay, a pass in logical order will tell
+        if PASS == _TRIM:
+            wanted = wanted & (quota < here)
     ptr = address.to(tl.pointer_type(DTYPE))
     flat = (count == _CHUNK) & is_aligned(address) & is_contiguous(layout_ptr, 1)
     if TO_MASK:
@@ -192,19 +214,24 @@ def _mask_kernel(
         flat = flat & is_aligned(out_address)
     else:
         out_ptr = ptr
-    if TO_MASK or tl.load(any_bad_ptr) == 0:
+    if wanted:
         if flat & ((quota <= 0) | (quota >= here)):
-            lowest = cut + (quota < here).to(tl.int64)
-            _mask_full_chunk(
+            ties = _mask_full_chunk(
                 tl.multiple_of(ptr, 16) + start,
                 tl.multiple_of(out_ptr, 16) + start,
-                lowest,
+                cut,
+                cut + (quota < here).to(tl.int64),
                 KEY_BITS,
                 TO_MASK,
+                PASS == _COUNT,
                 BLOCK,
-            )
+            ).to(tl.int64)
         else:
-            _mask_any_chunk(ptr, out_ptr, layout_ptr, start, count, cut, quota, KEY_BITS, TO_MASK, GENERAL)
+            ties = _mask_any_chunk(ptr, out_ptr, layout_ptr, start, count, cut, quota, KEY_BITS, TO_MASK, GENERAL)
+        if PASS == _COUNT:
+            tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties.to(tl.int32))
+    elif PASS == _COUNT:
+        tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, 0)
 
 
 @triton.jit
@@ -307,14 +334,16 @@ def launch_ties(
     rows: Tensor,
     block_to_tensor: Tensor,
     key: Tensor,
+    quota: Tensor,
+    ties_before: Tensor,
     ties: Tensor,
     *,
     dtype: torch.dtype,
     key_dtype: torch.dtype,
     per_layer: bool,
 ) -> None:
-    """Write to ties (int32, chunks in list order) how many keys of each chunk equal the cut, key (int64 [S])."""
-    args = rows, block_to_tensor, key, ties
+    """Count ties of every chunk in logical order: ties (int32, chunks in list order), of tensors whose ties are cut."""
+    args = rows, block_to_tensor, key, quota, ties_before, ties
     constants = _mask_constants(dtype, key_dtype, per_layer)
     launch(_ties_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
 
@@ -326,20 +355,21 @@ def launch_mask(
     key: Tensor,
     quota: Tensor,
     ties_before: Tensor,
+    ties: Tensor,
     any_bad: Tensor,
     *,
     dtype: torch.dtype,
     key_dtype: torch.dtype,
     per_layer: bool,
+    what: int,
 ) -> None:
-    """Apply cuts (key and quota, int64 [S]) in place, or write bool masks to out_addrs.
+    """Apply cuts key, quota (int64 [S]): zero in place, or write bool masks to out_addrs (int64, per table row).
 
-    ties_before: int64, for each chunk in list order the ties in all earlier chunks, and the total at the end.
-    any_bad: uint8, 0-d; nothing is written in place where it is set.
+    ``what`` is KNOWN or TRIM, with the running sum of all chunks' ties in ties_before (int64), or COUNT, which writes
+    ties (int32, chunks in list order).
     """
-    addresses = rows if out_addrs is None else out_addrs
-    args = rows, block_to_tensor, addresses, key, quota, ties_before, any_bad
-    constants = _mask_constants(dtype, key_dtype, per_layer) | {"TO_MASK": out_addrs is not None}
+    args = rows, block_to_tensor, rows if out_addrs is None else out_addrs, key, quota, ties_before, ties, any_bad
+    constants = {**_mask_constants(dtype, key_dtype, per_layer), "TO_MASK": out_addrs is not None, "PASS": what}
     launch(_mask_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
 
 
@@ -361,9 +391,8 @@ def launch_nm(
 def variants() -> list[Variant]:
     """Return the forms of this module's kernels that the code generation check compiles."""
     tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
-    ties = {**tables, "key_ptr": "*i64", "ties_ptr": "*i32"}
-    mask = {**tables, "out_addrs_ptr": "*i64", "key_ptr": "*i64", "quota_ptr": "*i64"}
-    mask |= {"ties_before_ptr": "*i64", "any_bad_ptr": "*u8"}
+    ties = {**tables, "key_ptr": "*i64", "quota_ptr": "*i64", "ties_before_ptr": "*i64", "ties_ptr": "*i32"}
+    mask = {**ties, "out_addrs_ptr": "*i64", "any_bad_ptr": "*u8"}
     nm = {**tables, "out_addrs_ptr": "*i64"}
     pairs = [(dtype, dtype) for dtype in TRITON_DTYPES]
     pairs += [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
@@ -372,18 +401,20 @@ def variants() -> list[Variant]:
         label = f"{dtype} as {key_dtype}".replace("torch.", "")
         constants = _mask_constants(dtype, key_dtype, False)
         warps = config("mask", key_dtype).warps
-        listed.append(Variant(_ties_kernel, label, ties, constants, warps, bytes_per_element=dtype.itemsize))
+        listed.append(Variant(_ties_kernel, label, ties, constants, warps, streams=0))
         for to_mask in (False, True):
-            listed.append(
-                Variant(
-                    _mask_kernel,
-                    f"{label} {'mask' if to_mask else 'in place'}",
-                    mask,
-                    {**constants, "TO_MASK": to_mask},
-                    warps,
-                    bytes_per_element=dtype.itemsize + (1 if to_mask else dtype.itemsize),
+            for name, what in (("ties known", KNOWN), ("ties counted", COUNT), ("ties trimmed", TRIM)):
+                listed.append(
+                    Variant(
+                        _mask_kernel,
+                        f"{label} {'mask' if to_mask else 'in place'}, {name}",
+                        mask,
+                        {**constants, "TO_MASK": to_mask, "PASS": what},
+                        warps,
+                        essential=what == COUNT or (what == KNOWN and dtype == torch.bfloat16),
+                        bytes_per_element=dtype.itemsize + (1 if to_mask else dtype.itemsize),
+                    )
                 )
-            )
     for dtype in TRITON_DTYPES:
         chosen = config("nm", dtype)
         for n, m in ((2, 4), (1, 4), (2, 3), (4, 8), (8, 16)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wcr_fast.ops import select
 from wcr_fast.pruning.record import LayerRecord, PruneRecord
-from wcr_fast.torch_path.cuts import Counts, Cuts, num_keep, values_of
+from wcr_fast.torch_path.cuts import Cuts, num_keep, values_of
 from wcr_fast.torch_path.layout import is_dense
 from wcr_fast.torch_path.window import shares
 from wcr_fast.weights import Exclude, Weight, as_weights, choose
@@ -196,11 +196,8 @@ class Plan:
 
     def _write_cuts(self, tensors: list[Tensor], q: int, path: ModuleType) -> PruneRecord:
         """Prune at the cuts of the list or of every layer."""
-        one = slice(q, q + 1)
-        counts = self.cuts.counts
-        if counts is not None:
-            counts = Counts(counts.above[:, one], counts.tied[:, one], counts.zeros)
-        cuts = self.cuts._replace(key=self.cuts.key[:, one], ties=self.cuts.ties[:, one], counts=counts)
+        cuts = self.cuts.at(q)
+        counts = cuts.counts
         path.apply(tensors, cuts)
         key, ties = cuts.key[:, 0].cpu().numpy(), cuts.ties[:, 0].cpu().numpy()
         if counts is not None:

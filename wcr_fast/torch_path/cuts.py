@@ -44,6 +44,8 @@ class Cuts(NamedTuple):
         bad: bool [L], the tensor holds NaN.
         dtype: the floating dtype whose bit patterns the keys are.
         counts: what the search counted on its way, where it did.
+        chunk_ties: int32 [Q, chunks], weights equal to the cut in every chunk of 32768 of the list, in memory order,
+            where the search counted them.
     """
 
     key: Tensor
@@ -51,6 +53,18 @@ class Cuts(NamedTuple):
     bad: Tensor
     dtype: torch.dtype
     counts: Counts | None = None
+    chunk_ties: Tensor | None = None
+
+    def at(self, q: int) -> Cuts:
+        """Return the cuts of one sparsity (Q = 1)."""
+        one = slice(q, q + 1)
+        counts, ties = self.counts, self.chunk_ties
+        return self._replace(
+            key=self.key[:, one],
+            ties=self.ties[:, one],
+            counts=counts and Counts(counts.above[:, one], counts.tied[:, one], counts.zeros),
+            chunk_ties=None if ties is None else ties[one],
+        )
 
 
 def comparison_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from wcr_fast.kernels._tile import LAYOUT_WIDTH, MAX_DIMS
 from wcr_fast.kernels.launch import CHUNK
-from wcr_fast.kernels.mask import groups_per_chunk, launch_mask, launch_nm, launch_ties
+from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, groups_per_chunk, launch_mask, launch_nm, launch_ties
 from wcr_fast.kernels.rows import launch_rows
-from wcr_fast.kernels.select import DIGIT_BITS, launch_histogram, launch_refine, launch_survey
-from wcr_fast.table import build_table, group, on_device, upload
-from wcr_fast.torch_path.cuts import INF_KEYS, Cuts, comparison_dtype
+from wcr_fast.kernels.select import launch_survey
+from wcr_fast.table import TensorTable, build_table, group, on_device
+from wcr_fast.torch_path.cuts import Cuts
 from wcr_fast.torch_path.layout import is_dense
+from wcr_fast.triton_path.cuts import chunk_order, find_cuts, in_any_order
+
+__all__ = ["apply", "apply_nm", "apply_rows", "find_cuts", "survey"]
 
 MAX_GROUP = 16
 _NO_LAYOUT = (0,) * LAYOUT_WIDTH
@@ -41,59 +43,9 @@ def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
     return (len(dims), *(d[0] for d in dims), *padding, *(d[1] for d in dims), *padding)
 
 
-def _in_any_order(tensor: Tensor) -> Tensor:
-    """Return the tensor where its elements fill one block of memory, else a copy: for ops that ignore order."""
-    return tensor.detach() if is_dense(tensor) else tensor.detach().contiguous()
-
-
-def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> Cuts:
-    """Return the cuts that keep ``num_keep[s][q]`` weights of segment s: the list (S = 1), or each tensor (S = L).
-
-    Order doesn't matter here, so dense tensors are read in memory order; tensors with gaps are copied first.
-    """
-    tensors = [_in_any_order(t) for t in tensors]
-    device = tensors[0].device
-    dtype = comparison_dtype(t.dtype for t in tensors)
-    keep = upload(np.array(num_keep, dtype=np.int64).reshape(len(num_keep), -1), device)
-    bad = torch.zeros(len(tensors), dtype=torch.bool, device=device)
-    with on_device(device):
-        prefix, remaining = _radix(tensors, keep, bad, dtype)
-        nothing = keep == 0
-        key = torch.where(nothing, INF_KEYS[dtype] + 1, prefix)
-        return Cuts(key, torch.where(nothing, 0, remaining), bad, dtype)
-
-
-def _radix(tensors: Sequence[Tensor], keep: Tensor, bad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the key of the last weight kept, and its rank among the weights with that key, both [S, Q]."""
-    prefix = torch.zeros_like(keep)
-    remaining = keep.clone()
-    hist = torch.zeros((*keep.shape, 1 << DIGIT_BITS), dtype=torch.int64, device=keep.device)
-    tables = [build_table([tensors[i] for i in positions], positions, CHUNK) for positions in group(tensors)]
-    first = True
-    for shift in range(8 * dtype.itemsize - DIGIT_BITS, -1, -DIGIT_BITS):
-        for table in tables:
-            launch_histogram(
-                table.rows,
-                table.block_to_tensor,
-                prefix,
-                hist,
-                bad.view(torch.uint8),
-                dtype=table.dtype,
-                key_dtype=dtype,
-                shift=shift,
-                per_layer=keep.shape[0] > 1,
-                first=first,
-            )
-        launch_refine(hist, prefix, remaining, first=first)
-        first = False
-        if shift:
-            hist.zero_()
-    return prefix, remaining
-
-
 def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the zeros of every tensor (int64 [L]) and whether it holds NaN (bool [L])."""
-    tensors = [_in_any_order(t) for t in tensors]
+    tensors = [in_any_order(t) for t in tensors]
     zeros = torch.zeros(len(tensors), dtype=torch.int64, device=tensors[0].device)
     bad = torch.zeros(len(tensors), dtype=torch.bool, device=tensors[0].device)
     for positions in group(tensors):
@@ -103,6 +55,31 @@ def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return zeros, bad
 
 
+def _mask_tables(
+    tensors: Sequence[Tensor], order: Sequence[int], in_place: bool
+) -> tuple[list[TensorTable], list[TensorTable]]:
+    """Return tables for a mask pass, and those of tensors whose chunks follow each other in another than logical order.
+
+    In place, a dense tensor is written in memory order; ``permuted`` names the same tensors in logical order.
+    """
+    loose = [in_place and is_dense(t) and not t.is_contiguous() for t in tensors]
+    tables, permuted = [], []
+    for positions in group(tensors):
+        listed = [tensors[i] for i in positions]
+        logical = [_layout(t.shape, t.stride()) for t in listed]
+        flat = [
+            _layout((t.numel(),), (1,)) if loose[i] else row
+            for i, t, row in zip(positions, listed, logical, strict=True)
+        ]
+        extra = [(order[i], int(loose[i]), *row) for i, row in zip(positions, flat, strict=True)]
+        tables.append(build_table(listed, positions, CHUNK, extra=extra))
+        some = [k for k, i in enumerate(positions) if loose[i]]
+        if some:
+            extra = [(order[positions[k]], 0, *logical[k]) for k in some]
+            permuted.append(build_table([listed[k] for k in some], [positions[k] for k in some], CHUNK, extra=extra))
+    return tables, permuted
+
+
 def apply(tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = None) -> None:
     """Apply cuts (Q = 1): write +0.0 to what is removed, or keep masks (bool, contiguous) into ``out``.
 
@@ -110,42 +87,38 @@ def apply(tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = 
     """
     tensors = [t.detach() for t in tensors]
     device = tensors[0].device
-    chunks = [-(-t.numel() // CHUNK) for t in tensors]
-    order = np.cumsum([0, *chunks])
-    tables = []
-    for positions in group(tensors):
-        extra = [(int(order[i]), *_layout(tensors[i].shape, tensors[i].stride())) for i in positions]
-        tables.append(build_table([tensors[i] for i in positions], positions, CHUNK, extra=extra))
-    key, quota = cuts.key.contiguous(), cuts.ties.contiguous()
-    per_layer = key.shape[0] > 1
-    ties = torch.empty(int(order[-1]), dtype=torch.int32, device=device)
-    ties_before = torch.zeros(int(order[-1]) + 1, dtype=torch.int64, device=device)
+    order = chunk_order(tensors)
     with on_device(device):
-        for table in tables:
-            launch_ties(
-                table.rows,
-                table.block_to_tensor,
-                key,
-                ties,
-                dtype=table.dtype,
-                key_dtype=cuts.dtype,
-                per_layer=per_layer,
-            )
-        torch.cumsum(ties, 0, out=ties_before[1:])
+        tables, permuted = _mask_tables(tensors, order, out is None)
+        key, quota = cuts.key.contiguous(), cuts.ties.contiguous()
+        ties_before = torch.zeros(order[-1] + 1, dtype=torch.int64, device=device)
+        known = cuts.chunk_ties is not None
+        ties = cuts.chunk_ties[0] if known else torch.empty(order[-1], dtype=torch.int32, device=device)
         any_bad = cuts.bad.any().view(torch.uint8)
-        for table in tables:
-            launch_mask(
-                table.rows,
-                table.block_to_tensor,
-                None if out is None else table.addresses([out[i] for i in table.positions]),
-                key,
-                quota,
-                ties_before,
-                any_bad,
-                dtype=table.dtype,
-                key_dtype=cuts.dtype,
-                per_layer=per_layer,
-            )
+        shared = {"key_dtype": cuts.dtype, "per_layer": key.shape[0] > 1}
+
+        def mask(chosen: Sequence[TensorTable], what: int) -> None:
+            for table in chosen:
+                outs = None if out is None else table.addresses([out[i] for i in table.positions])
+                at = table.rows, table.block_to_tensor, outs, key, quota, ties_before, ties, any_bad
+                launch_mask(*at, dtype=table.dtype, what=what, **shared)
+
+        def add_up() -> None:
+            torch.cumsum(ties, 0, out=ties_before[1:])
+
+        if known:
+            add_up()
+            mask(tables, KNOWN)
+        else:
+            mask(tables, COUNT)
+            add_up()
+            mask(tables, TRIM)
+        for table in permuted:
+            at = table.rows, table.block_to_tensor, key, quota, ties_before, ties
+            launch_ties(*at, dtype=table.dtype, **shared)
+        if permuted:
+            add_up()
+            mask(permuted, TRIM)
 
 
 def apply_rows(views: Sequence[Tensor], num_keep: Sequence[int], out_views: Sequence[Tensor] | None = None) -> Tensor:

@@ -1,0 +1,236 @@
+"""Where to cut, on Triton: sampled windows over a list of tensors on one device, without host syncs.
+
+Everything from the sample to the last fallback pass is launched at once; what turns out not to be needed returns at
+once. A call with the same tensors and counts as the last one starts from its cuts instead of a sample.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wcr_fast.kernels.launch import CHUNK
+from wcr_fast.kernels.select import (
+    CHUNKS_PER_SUM,
+    CODES,
+    PART,
+    STATE_BINS,
+    STATE_COLUMNS,
+    STATE_KEEP,
+    STATE_KEY,
+    STATE_SHIFT,
+    STATE_TIES,
+    codes_dtype,
+    launch_code_ties,
+    launch_codes,
+    launch_codes_resolve,
+    launch_fine,
+    launch_resolve,
+    launch_sample,
+    launch_window,
+    line_of,
+    sample_bins,
+    top_of,
+)
+from wcr_fast.table import TensorTable, build_table, current_stream, group, keep_for_graph, on_device, upload
+from wcr_fast.torch_path.cuts import Cuts, comparison_dtype
+from wcr_fast.torch_path.layout import is_dense
+
+# Below this many weights, passes over all of them take no longer than a sample and its window.
+SAMPLE_FROM = 1 << 20
+# Keys in a sample: of 32-bit keys as many as pin the window down to the bins of one histogram; of 16-bit keys, which
+# are so few that each holds a thousandth of all weights, as many as leave a window of less than 256.
+SAMPLES = {2: 1 << 17, 4: 1 << 19, 8: 1 << 19}
+# Bins of one fine histogram, as powers of two: a quarter of the bins of weights, within these bounds.
+FINE_BITS = (8, 19)
+
+
+def in_any_order(tensor: Tensor) -> Tensor:
+    """Return the tensor where its elements fill one block of memory, else a copy: for ops that ignore order."""
+    return tensor.detach() if is_dense(tensor) else tensor.detach().contiguous()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """One search: its tables, and what its passes share."""
+
+    tables: list[TensorTable]
+    numels: list[int]  # of the tables
+    dtype: torch.dtype  # of the keys
+    state: Tensor
+    bad: Tensor
+    num_queries: int
+    max_bins: int
+    sampled: bool
+    warm: Tensor
+
+    @property
+    def per_layer(self) -> bool:
+        return self.state.shape[0] > self.num_queries
+
+    @property
+    def passes(self) -> int:
+        """How many passes settle every cut: those that halve all keys, and one for a window that misses."""
+        bits = self.max_bins.bit_length() - 1
+        return -(-(8 * self.dtype.itemsize - 1) // bits) + self.sampled
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.state.device)
+
+    def guess(self) -> None:
+        """Open the first windows: around the last call's cuts, or where a sample says."""
+        sample = self.zeros(sample_bins(self.dtype), dtype=torch.int32)
+        size, total = SAMPLES[self.dtype.itemsize], sum(self.numels)
+        for table, numel in zip(self.tables, self.numels, strict=True):
+            lines = max(1, size * numel // total // line_of(table.dtype))
+            launch_sample(
+                table.rows,
+                sample,
+                self.warm,
+                numel=numel,
+                num_lines=lines,
+                dtype=table.dtype,
+                key_dtype=self.dtype,
+            )
+        cuts = len(self.state)
+        launch_window(
+            self.state,
+            sample,
+            torch.empty(cuts * max(1, sample.numel() // PART), dtype=torch.int64, device=sample.device),
+            self.zeros(cuts, dtype=torch.int32),
+            self.warm,
+            numel=total,
+            max_bins=self.max_bins,
+            line=max(line_of(table.dtype) for table in self.tables),
+            key_dtype=self.dtype,
+        )
+
+    def fine(self) -> None:
+        """Count wide keys in one histogram a cut until every cut is settled."""
+        cuts = len(self.state)
+        # More equal keys than an int32 counts can lie in one bin only where there are more keys.
+        kind = torch.int64 if sum(self.numels) >= 1 << 31 else torch.int32
+        hist = self.zeros(cuts, self.max_bins, dtype=kind)
+        sums = torch.empty(cuts * max(1, self.max_bins // PART), dtype=torch.int64, device=hist.device)
+        counters = self.zeros(cuts, dtype=torch.int32)
+        for number in range(self.passes):
+            for table in self.tables:
+                launch_fine(
+                    table.rows,
+                    table.block_to_tensor,
+                    self.state,
+                    hist,
+                    self.bad,
+                    num_queries=self.num_queries,
+                    dtype=table.dtype,
+                    key_dtype=self.dtype,
+                    per_layer=self.per_layer,
+                    first=number == 0,
+                )
+            launch_resolve(self.state, hist, sums, counters, self.warm, key_dtype=self.dtype)
+
+    def codes(self, order: Sequence[int]) -> Tensor:
+        """Count 16-bit keys per chunk until every cut is settled; return the ties of every chunk, int32 [Q, chunks]."""
+        (table,) = self.tables
+        cuts = len(self.state)
+        device = self.state.device
+        codes = torch.empty((self.num_queries, order[-1], CODES), dtype=codes_dtype(), device=device)
+        hist = self.zeros(cuts, CODES, dtype=torch.int64)
+        counters = self.zeros(cuts, dtype=torch.int32)
+        sums = sum(-(-(stop - start) // CHUNKS_PER_SUM) for start, stop in itertools.pairwise(order))
+        shared = {"dtype": self.dtype, "per_layer": self.per_layer}
+        at = table.rows, table.block_to_tensor, self.state, codes
+        for number in range(self.passes):
+            launch_codes(*at, self.bad, first=number == 0, **shared)
+            launch_codes_resolve(*at, hist, counters, self.warm, num_sums=sums, **shared)
+        ties = torch.empty((self.num_queries, order[-1]), dtype=torch.int32, device=device)
+        launch_code_ties(*at, ties, per_layer=self.per_layer)
+        return ties
+
+
+def chunk_order(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the number of chunks of all earlier tensors, for each tensor and for the end of the list."""
+    return np.cumsum([0, *(-(-t.numel() // CHUNK) for t in tensors)]).tolist()
+
+
+def _tables(tensors: Sequence[Tensor], order: Sequence[int]) -> tuple[list[TensorTable], list[int]]:
+    tables, numels = [], []
+    for positions in group(tensors):
+        listed = [tensors[i] for i in positions]
+        before = np.cumsum([0, *(t.numel() for t in listed)]).tolist()
+        extra = [(b, order[i]) for b, i in zip(before, positions, strict=False)]
+        tables.append(build_table(listed, positions, CHUNK, extra=extra))
+        numels.append(before[-1])
+    return tables, numels
+
+
+@functools.lru_cache(maxsize=64)
+def _start(
+    device: torch.device,
+    stream: int,  # part of the key: uploads are ordered by one stream
+    dtype: torch.dtype,
+    num_keep: tuple[tuple[int, ...], ...],
+    max_bins: int,
+    opened: bool,
+) -> Tensor:
+    """Return the state before the first pass: every window the whole range of keys, or (not opened) none."""
+    keep = np.array(num_keep, dtype=np.int64).reshape(-1)
+    state = np.zeros((keep.size, STATE_COLUMNS), np.int64)
+    top = top_of(dtype)
+    state[:, STATE_KEEP] = keep
+    state[:, STATE_KEY] = top
+    if opened:
+        shift = next(s for s in range(64) if (top - 1) >> s < max_bins)
+        state[:, STATE_SHIFT] = shift
+        state[:, STATE_BINS] = np.where(keep > 0, ((top - 1) >> shift) + 1, 0)
+    return upload(state, device)
+
+
+def _max_bins(dtype: torch.dtype, cuts: int, total: int) -> int:
+    """Return the number of bins of one histogram: a megabyte in all, and 2 % of the weights where they are many."""
+    if dtype.itemsize == 2:
+        return CODES
+    low, high = FINE_BITS
+    return 1 << min(max((max(total // 64, 1 << 18) // cuts).bit_length() - 1, low), high)
+
+
+def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> Cuts:
+    """Return the cuts that keep ``num_keep[s][q]`` weights of segment s: the list (S = 1), or each tensor (S = L).
+
+    Order doesn't matter here, so dense tensors are read in memory order; tensors with gaps are copied first.
+    """
+    tensors = [in_any_order(t) for t in tensors]
+    device = tensors[0].device
+    dtype = comparison_dtype(t.dtype for t in tensors)
+    wanted = tuple(map(tuple, num_keep))
+    shape = len(wanted), len(wanted[0])
+    cuts, total = shape[0] * shape[1], sum(t.numel() for t in tensors)
+    max_bins = _max_bins(dtype, cuts, total)
+    sampled = shape[0] == 1 and total >= SAMPLE_FROM
+    with on_device(device):
+        order = chunk_order(tensors)
+        tables, numels = _tables(tensors, order)
+        start = _start(device, current_stream(device), dtype, wanted, max_bins, not sampled)
+        keep_for_graph(device, start)
+        bad = torch.zeros(len(tensors), dtype=torch.bool, device=device)
+        if sampled:
+            warm = tables[0].scratch(f"last cuts {wanted}", 2 * cuts, torch.int64)
+        else:
+            warm = torch.empty(2 * cuts, dtype=torch.int64, device=device)
+        marks = bad.view(torch.uint8)
+        search = _Search(tables, numels, dtype, start.clone(), marks, shape[1], max_bins, sampled, warm)
+        ties = None
+        if sampled:
+            search.guess()
+        if tables and dtype.itemsize == 2:
+            ties = search.codes(order)
+        elif tables:
+            search.fine()
+        key, stay = search.state[:, STATE_KEY].reshape(shape), search.state[:, STATE_TIES].reshape(shape)
+        return Cuts(key, stay, bad, dtype, chunk_ties=ties)
