@@ -2,11 +2,12 @@
 
 Kernels run in Triton's interpreter, where every load, store and atomic operation is counted: active lanes times item
 size, an atomic operation as a read and a write. "data" is what lies in the op's own arrays (weights, gradients, states,
-mask bits), "rest" everything else: tables, moments, partial sums. What a cache would save is not subtracted.
+mask bits), "rest" everything else: tables, moments, partial sums, histograms. What a cache would save is not
+subtracted. Of an op of several kernels ("all"), what torch's own operations between them read and write counts, too;
+these run on a hundred million weights, as what a selection moves besides doesn't grow with them.
 
-The exit code is 1 when an op moves more than 2 % above its floor; histogram passes and the count of ties, which later
-work is to remove or merge, are printed only. ``--resnet18`` adds that network's list for information, in a quarter of
-an hour: its small tensors pay for their tables.
+The exit code is 1 when an op moves more than 2 % above its floor. ``--resnet18`` adds that network's list for
+information, in a quarter of an hour: its small tensors pay for their tables.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
 import wcr_fast
@@ -63,6 +66,11 @@ class Counter:
         self.bytes: dict[str, dict[str, int]] = defaultdict(lambda: {"data": 0, "rest": 0})
         self._kernel = ""
 
+    def add_torch(self, arrays: Sequence[Any]) -> None:
+        """Count one read or write of every tensor among these, between the kernels."""
+        tensors = [a for a in arrays if isinstance(a, Tensor)]
+        self.bytes[TORCH]["rest"] += sum(t.numel() * t.element_size() for t in tensors)
+
     def add(self, pointers: Any, mask: Any, times: int) -> None:
         """Count one access by a block of addresses."""
         item = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
@@ -94,7 +102,27 @@ class Counter:
                 return launch(executor, *args, **kwargs)
 
             stack.enter_context(mock.patch.object(GridExecutor, "__call__", named))
+            stack.enter_context(_TorchOps(self))
             yield
+
+
+# Stands for torch's own operations among the kernels.
+TORCH = "torch"
+
+
+class _TorchOps(TorchDispatchMode):
+    """Tells a counter what torch's operations read and write; views and empty allocations move nothing."""
+
+    def __init__(self, counter: Counter) -> None:
+        super().__init__()
+        self.counter = counter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and "empty" not in func.name() and "detach" not in func.name():
+            self.counter.add_torch(tree_leaves((args, kwargs)))
+            self.counter.add_torch(tree_leaves(result))
+        return result
 
 
 @dataclass(frozen=True)
@@ -126,9 +154,13 @@ class Op:
     """An op to count: ``prepare(shapes, dtype)`` returns its call and its own arrays."""
 
     name: str
-    floors: dict[str, Callable[[int], float]]  # kernel -> bytes per weight, from the weights' item size
+    floors: dict[str, Callable[[int], float]]  # kernel, or ALL -> bytes per weight, from the weights' item size
     prepare: Callable[[Sequence[Shape], torch.dtype], tuple[Callable[[], object], list[Tensor]]]
-    gated: bool = True
+    shapes: Sequence[Shape] | None = None  # of its own list, where the usual one doesn't show it
+
+
+# Stands for all kernels of an op together.
+ALL = "all"
 
 
 def _moments(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
@@ -168,7 +200,7 @@ def _mask(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], obj
     from wcr_fast.triton_path.select import apply, find_cuts
 
     weights = make(shapes, dtype=dtype)
-    cuts = find_cuts(weights, [[sum(w.numel() for w in weights) // 2]])
+    cuts = find_cuts(weights, [[sum(w.numel() for w in weights) // 10]])
     return lambda: apply(weights, cuts), weights
 
 
@@ -176,20 +208,28 @@ def _nm(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], objec
     from wcr_fast.triton_path.select import apply_nm
 
     weights = make(shapes, dtype=dtype)
-    return lambda: apply_nm([w.view(len(w), -1)[:, : w[0].numel() // 4 * 4] for w in weights], 2, 4), weights
+    return lambda: apply_nm([w.movedim(1, -1) for w in weights], 2, 4), weights
 
 
-def _threshold(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
-    from wcr_fast.triton_path.select import find_cuts
+def _threshold(*, warm: bool) -> Callable:
+    def prepare(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+        from wcr_fast.triton_path.select import find_cuts
 
-    weights = make(shapes, dtype=dtype)
-    return lambda: find_cuts(weights, [[sum(w.numel() for w in weights) // 2]]), weights
+        weights = make(shapes, dtype=dtype)
+        keep = [[sum(w.numel() for w in weights) // 10]]
+        if warm:
+            find_cuts(weights, keep)
+        return lambda: find_cuts(weights, keep), weights
+
+    return prepare
 
 
 def _arrays(count: int, bits: float = 0.0) -> Callable[[int], float]:
     return lambda item: count * item + bits
 
 
+# A hundred million weights.
+HUGE = [(10_000, 10_000)]
 OPS = (
     Op("moments", {"_moments_kernel": _arrays(1)}, _moments),
     Op("gradient", {"_gradient_kernel": _arrays(3)}, _gradient),
@@ -197,9 +237,10 @@ OPS = (
     Op("AdamW + penalty", {"_step_kernel": _arrays(7)}, _step("AdamW")),
     Op("SGD + penalty + mask bits", {"_step_kernel": _arrays(5, 0.125)}, _step("SGD", masked=True)),
     Op("AdamW + penalty + mask bits", {"_step_kernel": _arrays(7, 0.125)}, _step("AdamW", masked=True)),
-    Op("mask in place", {"_mask_kernel": _arrays(2), "_ties_kernel": _arrays(1)}, _mask, gated=False),
-    Op("2:4 in place", {"_nm_kernel": _arrays(2)}, _nm, gated=False),
-    Op("threshold", {"_histogram_kernel": _arrays(1)}, _threshold, gated=False),
+    Op("2:4 in place", {"_nm_kernel": _arrays(2)}, _nm),
+    Op("threshold", {ALL: {2: 2.08, 4: 4.35}.__getitem__}, _threshold(warm=False), HUGE),
+    Op("threshold, warm", {ALL: {2: 2.08, 4: 4.17}.__getitem__}, _threshold(warm=True), HUGE),
+    Op("mask in place", {ALL: _arrays(2)}, _mask, HUGE),
 )
 # What a launch moves besides grows with chunks and tensors: 32 chunks of one tensor show it as any long list does.
 LARGE = [(1024, 1024)]
@@ -214,13 +255,17 @@ def count(op: Op, name: str, shapes: Sequence[Shape], dtype: torch.dtype) -> lis
             call()
     weights = sum(torch.Size(shape).numel() for shape in shapes)
     label = str(dtype).removeprefix("torch.")
+    whole = {key: sum(found[key] for found in counter.bytes.values()) for key in ("data", "rest")}
     rows = []
-    for kernel, found in counter.bytes.items():
-        if kernel in op.floors:
-            per = (found["data"] / weights, found["rest"] / weights)
-            floor = op.floors[kernel](dtype.itemsize)
-            rows.append(Row(op.name, kernel, name, label, weights, *per, floor, op.gated and name != "resnet18"))
+    for kernel, floor in op.floors.items():
+        found = whole if kernel == ALL else counter.bytes[kernel]
+        per = (found["data"] / weights, found["rest"] / weights)
+        rows.append(Row(op.name, kernel, name, label, weights, *per, floor(dtype.itemsize), name != "resnet18"))
     return rows
+
+
+def _size(shapes: Sequence[Shape]) -> str:
+    return f"{sum(torch.Size(shape).numel() for shape in shapes) / 1e6:.0f} M"
 
 
 def text_of(rows: Sequence[Row]) -> str:
@@ -253,14 +298,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="WORD", help="only ops with this in their name")
     parser.add_argument("--resnet18", action="store_true", help="add ResNet-18's weights")
     args = parser.parse_args(arguments)
-    lists = {"1 M": LARGE, "resnet18": resnet18()} if args.resnet18 else {"1 M": LARGE}
+    lists = {"usual": None, "resnet18": resnet18()} if args.resnet18 else {"usual": None}
     rows = [
         row
-        for name, shapes in lists.items()
+        for name, given in lists.items()
         for op in OPS
         if args.only in op.name
+        for shapes in [given or op.shapes or LARGE]
         for dtype in DTYPES
-        for row in count(op, name, shapes, dtype)
+        for row in count(op, name if given else _size(shapes), shapes, dtype)
     ]
     record = json.dumps(record_of(rows), indent=1)
     print(record if args.json else text_of(rows))

@@ -47,7 +47,7 @@ CODES = 256
 _CODES = tl.constexpr(CODES)
 _CHUNK = tl.constexpr(CHUNK)
 # Chunks whose histograms one program adds up.
-CHUNKS_PER_SUM = 64
+CHUNKS_PER_SUM = 32
 _CHUNKS_PER_SUM = tl.constexpr(CHUNKS_PER_SUM)
 # Bins that one program adds up.
 PART = 4096
@@ -97,8 +97,7 @@ def counting(backend: str | None = None) -> Counting:
     """Return how keys are counted on a backend: "cuda", "hip" or "interpreter"; default the one that launches use."""
     if backend is None:
         backend = "interpreter" if INTERPRETED.value else "hip" if torch.version.hip else "cuda"
-    inline = backend == "cuda"
-    return Counting(inline, not inline or _VERSION >= (3, 8))
+    return Counting(inline=backend == "cuda", histogram=backend != "cuda" or _VERSION >= (3, 8))
 
 
 @triton.jit
@@ -256,12 +255,21 @@ def _fine_kernel(
 
 
 @triton.jit
-def _codes_chunk(ptr, count, state_ptr, codes_ptr, BLOCK: tl.constexpr, MASKED: tl.constexpr, INLINE: tl.constexpr):
+def _codes_chunk(
+    ptr,
+    count,
+    state_ptr,
+    codes_ptr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    HISTOGRAM: tl.constexpr,
+    INLINE: tl.constexpr,
+):
     """Count one chunk's keys in its own histogram of a window, and above it; return its largest key."""
     lo, num_bins, shift = _window(state_ptr, 16)
     codes = tl.arange(0, _CODES)
     counts = tl.zeros((_CODES,), tl.int32)
-    if INLINE:
+    if not HISTOGRAM:
         tl.store(codes_ptr + codes, counts)
         tl.debug_barrier()  # all zeros come before the first count
     not_above = tl.zeros((BLOCK,), tl.int32)  # with the sign that a shift gives: two instructions instead of three
@@ -277,11 +285,11 @@ def _codes_chunk(ptr, count, state_ptr, codes_ptr, BLOCK: tl.constexpr, MASKED: 
             bins = tl.where(mask, bins, -1)
         not_above += (bins - num_bins) >> 31
         largest = tl.maximum(largest, key)
-        if INLINE:
-            _count_in(codes_ptr, bins, num_bins, True, False)
-        else:
+        if HISTOGRAM:
             counts += tl.histogram(bins, _CODES, mask=_inside(bins, num_bins))
-    if not INLINE:
+        else:
+            _count_in(codes_ptr, bins, num_bins, INLINE, False)
+    if HISTOGRAM:
         tl.store(codes_ptr + codes, counts.to(codes_ptr.dtype.element_ty))
     above = steps * BLOCK + tl.sum(not_above)
     tl.atomic_add(state_ptr + _ABOVE, above.to(tl.int64), sem="relaxed")
@@ -301,6 +309,7 @@ def _codes_kernel(
     INF: tl.constexpr,
     PER_LAYER: tl.constexpr,
     FIRST: tl.constexpr,
+    HISTOGRAM: tl.constexpr,
     INLINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -320,9 +329,9 @@ def _codes_kernel(
             mine_ptr = codes_ptr + (place + q * num_chunks.to(tl.int64)) * _CODES
             if full:
                 full_ptr = tl.multiple_of(ptr, 16) + start
-                largest = _codes_chunk(full_ptr, count, this_ptr, mine_ptr, BLOCK, False, INLINE)
+                largest = _codes_chunk(full_ptr, count, this_ptr, mine_ptr, BLOCK, False, HISTOGRAM, INLINE)
             else:
-                largest = _codes_chunk(ptr + start, count, this_ptr, mine_ptr, BLOCK, True, INLINE)
+                largest = _codes_chunk(ptr + start, count, this_ptr, mine_ptr, BLOCK, True, HISTOGRAM, INLINE)
             if FIRST:
                 tl.store(bad_ptr + position, 1, mask=largest > INF)
 
@@ -437,7 +446,7 @@ def _codes_resolve_kernel(
     TOP: tl.constexpr,
     PER_LAYER: tl.constexpr,
 ):
-    """Every 64th program adds up its next chunks' histograms; the last one of a window settles or narrows it."""
+    """Every 32nd program adds up its next chunks' histograms; the last one of a window settles or narrows it."""
     _, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _SELECT_WIDTH)
     if chunk % _CHUNKS_PER_SUM == 0:
         cut = (tl.load(row_ptr + ROW_POSITION) if PER_LAYER else 0) * num_queries
@@ -636,8 +645,8 @@ def _pass_constants(
         constants["KEY_BITS"] = 8 * key_dtype.itemsize
     constants |= {"PER_LAYER": per_layer, "FIRST": first}
     if by_code:
-        return constants | {"INLINE": not how.histogram, "BLOCK": config("codes", dtype).block}
-    return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": config("fine", key_dtype).block}
+        return constants | {"HISTOGRAM": how.histogram, "INLINE": how.inline, "BLOCK": config("codes", dtype).block}
+    return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": config("fine", dtype).block}
 
 
 def _survey_constants(dtype: torch.dtype) -> dict:
@@ -733,7 +742,7 @@ def launch_fine(
     wide = hist.dtype == torch.int64
     args = rows, block_to_tensor, state, hist, bad, num_queries, hist.shape[1]
     constants = _pass_constants(dtype, key_dtype, per_layer, first, wide, counting())
-    launch(_fine_kernel, block_to_tensor.numel(), args, constants, config("fine", key_dtype).options())
+    launch(_fine_kernel, block_to_tensor.numel(), args, constants, config("fine", dtype).options())
 
 
 def launch_resolve(
@@ -831,7 +840,7 @@ def _pass_variants() -> list[Variant]:
                 label = f"{dtype} as {key_dtype}, {'first' if first else 'later'} pass{', 64-bit counts' * wide}"
                 kernel, signature = (_codes_kernel, codes) if by_code else (_fine_kernel, fine)
                 counts = ("*u16" if how.histogram else "*i32") if by_code else "*i64" if wide else "*i32"
-                settings = config("codes" if by_code else "fine", key_dtype)
+                settings = config("codes" if by_code else "fine", dtype)
                 listed.append(
                     Variant(
                         kernel,
