@@ -132,3 +132,70 @@ def magnitude_key(x, KEY_BITS: tl.constexpr):
     else:
         key = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return key
+
+
+# What a score needs beside the weight: nothing, a number per element, per input (column), or per layer. A table row
+# then ends with the numbers' address, and for columns with the distance of two of them and how many there are.
+NOTHING, ELEMENTS, COLUMNS, LAYER = range(4)
+_ELEMENTS, _COLUMNS = tl.constexpr(ELEMENTS), tl.constexpr(COLUMNS)
+AUX_WIDTH = 3
+
+
+@triton.jit
+def score_numbers(aux_ptr, start, offs, place, mask, KIND: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return the numbers beside some weights: ``start + offs`` in the table's order, at ``place`` in memory."""
+    numbers_ptr = tl.load(aux_ptr).to(tl.pointer_type(DTYPE))
+    if KIND == _ELEMENTS:
+        if ALIGNED:
+            a = tl.load(tl.multiple_of(numbers_ptr, 16) + place)
+        else:
+            a = tl.load(numbers_ptr + place, mask=mask, other=0.0)
+    elif KIND == _COLUMNS:
+        inner, columns = tl.load(aux_ptr + 1), tl.load(aux_ptr + 2)
+        if offs.dtype == tl.int32:  # of a chunk: 64-bit division, once an element, would take longer than all the rest
+            period = inner * columns
+            index = (start % period).to(tl.uint32) + offs.to(tl.uint32)
+            column = index % period.to(tl.uint32) // inner.to(tl.uint32)
+        else:
+            column = (start + offs) // inner % columns
+        a = tl.load(numbers_ptr + column, mask=mask, other=0.0)
+    else:
+        a = tl.load(numbers_ptr)
+    return a
+
+
+@triton.jit
+def score_key(x, a, KEY_BITS: tl.constexpr, SCORE: tl.constexpr):
+    """Return the bit pattern of a score in the comparison dtype, ordered like it; a negative one counts as NaN."""
+    w = wide(x)
+    score = SCORE(w, a.to(w.dtype))
+    if KEY_BITS == 64:
+        bits = score.to(tl.float64).to(tl.int64, bitcast=True)
+        key = tl.where(score < 0, 0x7FFFFFFFFFFFFFFF, bits & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = score.to(tl.float32).to(tl.int32, bitcast=True)
+        key = tl.where(score < 0, 0x7FFFFFFF, bits & 0x7FFFFFFF)
+    return key
+
+
+@triton.jit
+def keys_at(
+    x,
+    aux_ptr,
+    start,
+    offs,
+    place,
+    mask,
+    KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """Return the keys of some weights: of their magnitudes, or of a score."""
+    if SCORE is None:
+        key = magnitude_key(x, KEY_BITS)
+    else:
+        a = score_numbers(aux_ptr, start, offs, place, mask, KIND, AUX_DTYPE, ALIGNED)
+        key = score_key(x, a, KEY_BITS, SCORE)
+    return key

@@ -14,26 +14,32 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
+    AUX_WIDTH,
+    ELEMENTS,
     LAYOUT_WIDTH,
     ROW_ADDRESS,
     ROW_LENGTH,
     ROW_POSITION,
     is_aligned,
     is_contiguous,
+    keys_at,
     locate,
     magnitude_key,
     strided_offsets,
 )
 from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
+from .select import MAGNITUDE, Scored
 
 _CHUNK = tl.constexpr(CHUNK)
+_ELEMENTS = tl.constexpr(ELEMENTS)
 
 # Extra columns of a mask table: the number of chunks of all earlier tensors in the list, whether the chunks follow
-# each other in another than the logical order, and the layout.
+# each other in another than the logical order, the layout, and what a score needs.
 _COL_ORDER = tl.constexpr(4)
 _COL_PERMUTED = tl.constexpr(5)
 _COL_LAYOUT = tl.constexpr(6)
-_MASK_WIDTH = tl.constexpr(6 + LAYOUT_WIDTH)
+_COL_AUX = tl.constexpr(6 + LAYOUT_WIDTH)
+_MASK_WIDTH = tl.constexpr(6 + LAYOUT_WIDTH + AUX_WIDTH)
 
 # What a mask pass does: apply cuts whose ties are known, keep and count all ties, or remove those that are too many.
 KNOWN, COUNT, TRIM = range(3)
@@ -49,14 +55,28 @@ _NM_WIDTH = tl.constexpr(6 + 2 * LAYOUT_WIDTH)
 
 
 @triton.jit
-def _count_ties(ptr, layout_ptr, start, count, cut, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr):
+def _count_ties(
+    ptr,
+    aux_ptr,
+    layout_ptr,
+    start,
+    count,
+    cut,
+    KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     lanes = tl.arange(0, BLOCK)
     ties = tl.zeros((BLOCK,), tl.int32)
     for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
         offs = i * BLOCK + lanes
         mask = offs < count
-        x = tl.load(ptr + strided_offsets(layout_ptr, start + offs), mask=mask, other=0.0)
-        ties += (mask & (magnitude_key(x, KEY_BITS) == cut.to(tl.int64))).to(tl.int32)
+        where = strided_offsets(layout_ptr, start + offs)
+        x = tl.load(ptr + where, mask=mask, other=0.0)
+        key = keys_at(x, aux_ptr, start, offs, where, mask, KEY_BITS, SCORE, KIND, AUX_DTYPE, False)
+        ties += (mask & (key == cut.to(key.dtype))).to(tl.int32)
     return tl.sum(ties)
 
 
@@ -84,6 +104,9 @@ def _ties_kernel(
     ties_ptr,
     DTYPE: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     PER_LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
     GENERAL: tl.constexpr,
@@ -98,7 +121,8 @@ def _ties_kernel(
         layout_ptr = row_ptr + _COL_LAYOUT
         cut = tl.load(key_ptr + segment)
         ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE))
-        ties = _count_ties(ptr, layout_ptr, start, count, cut, KEY_BITS, GENERAL)
+        aux_ptr = row_ptr + _COL_AUX
+        ties = _count_ties(ptr, aux_ptr, layout_ptr, start, count, cut, KEY_BITS, SCORE, KIND, AUX_DTYPE, GENERAL)
         tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties)
 
 
@@ -114,9 +138,14 @@ def _write(out_ptr, offs, x, stays, mask, TO_MASK: tl.constexpr):
 def _mask_full_chunk(
     ptr,
     out_ptr,
+    aux_ptr,
+    start,
     cut,
     lowest,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     TO_MASK: tl.constexpr,
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -127,7 +156,7 @@ def _mask_full_chunk(
     for i in range(_CHUNK // BLOCK):
         offs = i * BLOCK + lanes
         x = tl.load(ptr + offs)
-        key = magnitude_key(x, KEY_BITS)
+        key = keys_at(x, aux_ptr, start, offs, start + offs, None, KEY_BITS, SCORE, KIND, AUX_DTYPE, True)
         if COUNTED:
             ties += (key == cut.to(key.dtype)).to(tl.int32)
         _write(out_ptr, offs, x, key >= lowest.to(key.dtype), None, TO_MASK)
@@ -138,12 +167,16 @@ def _mask_full_chunk(
 def _mask_any_chunk(
     ptr,
     out_ptr,
+    aux_ptr,
     layout_ptr,
     start,
     count,
     cut,
     quota,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     TO_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -155,7 +188,7 @@ def _mask_any_chunk(
         mask = offs < count
         where = strided_offsets(layout_ptr, start + offs)
         x = tl.load(ptr + where, mask=mask, other=0.0)
-        key = magnitude_key(x, KEY_BITS)
+        key = keys_at(x, aux_ptr, start, offs, where, mask, KEY_BITS, SCORE, KIND, AUX_DTYPE, False)
         equal = mask & (key == cut.to(key.dtype))
         here = tl.sum(equal.to(tl.int32)).to(tl.int64)
         left = quota - ties
@@ -180,6 +213,9 @@ def _mask_kernel(
     any_bad_ptr,
     DTYPE: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     PER_LAYER: tl.constexpr,
     TO_MASK: tl.constexpr,
     PASS: tl.constexpr,
@@ -207,7 +243,10 @@ def _mask_kernel(
         if PASS == _TRIM:
             wanted = wanted & (quota < here)
     ptr = address.to(tl.pointer_type(DTYPE))
+    aux_ptr = row_ptr + _COL_AUX
     flat = (count == _CHUNK) & is_aligned(address) & is_contiguous(layout_ptr, 1)
+    if KIND == _ELEMENTS:
+        flat = flat & is_aligned(tl.load(aux_ptr))
     if TO_MASK:
         out_address = tl.load(out_addrs_ptr + tensor)
         out_ptr = out_address.to(tl.pointer_type(tl.uint8))
@@ -219,15 +258,35 @@ def _mask_kernel(
             ties = _mask_full_chunk(
                 tl.multiple_of(ptr, 16) + start,
                 tl.multiple_of(out_ptr, 16) + start,
+                aux_ptr,
+                start,
                 cut,
                 cut + (quota < here).to(tl.int64),
                 KEY_BITS,
+                SCORE,
+                KIND,
+                AUX_DTYPE,
                 TO_MASK,
                 PASS == _COUNT,
                 BLOCK,
             ).to(tl.int64)
         else:
-            ties = _mask_any_chunk(ptr, out_ptr, layout_ptr, start, count, cut, quota, KEY_BITS, TO_MASK, GENERAL)
+            ties = _mask_any_chunk(
+                ptr,
+                out_ptr,
+                aux_ptr,
+                layout_ptr,
+                start,
+                count,
+                cut,
+                quota,
+                KEY_BITS,
+                SCORE,
+                KIND,
+                AUX_DTYPE,
+                TO_MASK,
+                GENERAL,
+            )
         if PASS == _COUNT:
             tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties.to(tl.int32))
     elif PASS == _COUNT:
@@ -301,11 +360,12 @@ def _nm_kernel(
             _write(out_ptr, where, x, stays, mask, TO_MASK)
 
 
-def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool) -> dict:
+def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, score: Scored = MAGNITUDE) -> dict:
     settings = config("mask", key_dtype)  # keys take the registers
     return {
         "DTYPE": TRITON_DTYPES[dtype],
         "KEY_BITS": 8 * key_dtype.itemsize,
+        **score.constants(),
         "PER_LAYER": per_layer,
         "BLOCK": settings.block,
         "GENERAL": settings.general,
@@ -341,10 +401,11 @@ def launch_ties(
     dtype: torch.dtype,
     key_dtype: torch.dtype,
     per_layer: bool,
+    score: Scored = MAGNITUDE,
 ) -> None:
     """Count ties of every chunk in logical order: ties (int32, chunks in list order), of tensors whose ties are cut."""
     args = rows, block_to_tensor, key, quota, ties_before, ties
-    constants = _mask_constants(dtype, key_dtype, per_layer)
+    constants = _mask_constants(dtype, key_dtype, per_layer, score)
     launch(_ties_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
 
 
@@ -362,6 +423,7 @@ def launch_mask(
     key_dtype: torch.dtype,
     per_layer: bool,
     what: int,
+    score: Scored = MAGNITUDE,
 ) -> None:
     """Apply cuts key, quota (int64 [S]): zero in place, or write bool masks to out_addrs (int64, per table row).
 
@@ -369,7 +431,7 @@ def launch_mask(
     ties (int32, chunks in list order).
     """
     args = rows, block_to_tensor, rows if out_addrs is None else out_addrs, key, quota, ties_before, ties, any_bad
-    constants = {**_mask_constants(dtype, key_dtype, per_layer), "TO_MASK": out_addrs is not None, "PASS": what}
+    constants = {**_mask_constants(dtype, key_dtype, per_layer, score), "TO_MASK": out_addrs is not None, "PASS": what}
     launch(_mask_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
 
 

@@ -16,7 +16,7 @@ Bytes per weight: the keys once, and per weight inside the window one count; per
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
+    AUX_WIDTH,
+    ELEMENTS,
     INTERPRETED,
+    NOTHING,
     ROW_ADDRESS,
     ROW_EXTRA,
     ROW_FIRST_CHUNK,
@@ -32,6 +35,7 @@ from ._tile import (
     ROW_POSITION,
     is_aligned,
     is_last,
+    keys_at,
     locate,
     magnitude_key,
 )
@@ -45,6 +49,7 @@ INF_KEYS[torch.float64] = 0x7FF0000000000000
 # Bins of one chunk's histogram of 16-bit keys.
 CODES = 256
 _CODES = tl.constexpr(CODES)
+_ELEMENTS = tl.constexpr(ELEMENTS)
 _CHUNK = tl.constexpr(CHUNK)
 # Chunks whose histograms one program adds up.
 CHUNKS_PER_SUM = 32
@@ -61,11 +66,12 @@ _LO, _BINS, _SHIFT, _KEEP = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), t
 _ABOVE, _KEY, _TIES, _WIDTH = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 _COLUMNS = tl.constexpr(STATE_COLUMNS)
 
-# A select table has one more column: the number of elements of all earlier tensors of the table, and one with the
-# number of chunks of all earlier tensors of the list.
+# Extra columns of a select table: the number of elements of all earlier tensors of the table, the number of chunks of
+# all earlier tensors of the list, and what a score needs.
 _COL_BEFORE = tl.constexpr(4)
 _COL_ORDER = tl.constexpr(5)
-SELECT_WIDTH = 6
+_COL_AUX = tl.constexpr(6)
+SELECT_WIDTH = 6 + AUX_WIDTH
 _SELECT_WIDTH = tl.constexpr(SELECT_WIDTH)
 
 # Lines of this many bytes are sampled whole: a smaller read costs as much.
@@ -159,15 +165,30 @@ def _bins_of(key, lo, shift, num_bins, KEY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _chunk_keys(ptr, i, count, KEY_BITS: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Return the keys of the i-th block of a chunk, 0 behind its end, and where they count."""
+def _chunk_keys(
+    ptr,
+    aux_ptr,
+    start,
+    i,
+    count,
+    KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return the keys of the i-th block of a chunk and where they count; elsewhere they are not NaN's."""
     offs = i * BLOCK + tl.arange(0, BLOCK)
     if MASKED:
         mask = offs < count
-        key = magnitude_key(tl.load(ptr + offs, mask=mask, other=0.0), KEY_BITS)
+        x = tl.load(ptr + offs, mask=mask, other=0.0)
     else:
         mask = tl.full((BLOCK,), True, tl.int1)
-        key = magnitude_key(tl.load(ptr + offs), KEY_BITS)
+        x = tl.load(ptr + offs)
+    key = keys_at(x, aux_ptr, start, offs, start + offs, mask, KEY_BITS, SCORE, KIND, AUX_DTYPE, not MASKED)
+    if MASKED and SCORE is not None:
+        key = tl.where(mask, key, 0)
     return key, mask
 
 
@@ -183,10 +204,15 @@ def _window(state_ptr, KEY_BITS: tl.constexpr):
 @triton.jit
 def _fine_chunk(
     ptr,
+    aux_ptr,
+    start,
     count,
     state_ptr,
     hist_ptr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     INLINE: tl.constexpr,
@@ -201,7 +227,7 @@ def _fine_chunk(
     else:
         steps = _CHUNK // BLOCK
     for i in range(steps):
-        key, mask = _chunk_keys(ptr, i, count, KEY_BITS, BLOCK, MASKED)
+        key, mask = _chunk_keys(ptr, aux_ptr, start, i, count, KEY_BITS, SCORE, KIND, AUX_DTYPE, BLOCK, MASKED)
         bins = _bins_of(key, lo, shift, num_bins, KEY_BITS)
         if MASKED:
             bins = tl.where(mask, bins, -1)
@@ -225,6 +251,9 @@ def _fine_kernel(
     DTYPE: tl.constexpr,
     INF: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     PER_LAYER: tl.constexpr,
     FIRST: tl.constexpr,
     INLINE: tl.constexpr,
@@ -239,7 +268,10 @@ def _fine_kernel(
     start = chunk * _CHUNK
     count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
     ptr = address.to(tl.pointer_type(DTYPE))
+    aux_ptr = row_ptr + _COL_AUX
     full = (count == _CHUNK) & is_aligned(address)
+    if KIND == _ELEMENTS:
+        full = full & is_aligned(tl.load(aux_ptr))
     for q in range(num_queries):
         this_ptr = state_ptr + (cut + q) * _COLUMNS
         # The chunk is read once per open window, but from memory only once: it stays in the cache.
@@ -247,9 +279,39 @@ def _fine_kernel(
             bins_ptr = hist_ptr + (cut + q).to(tl.int64) * max_bins
             if full:
                 full_ptr = tl.multiple_of(ptr, 16) + start
-                largest = _fine_chunk(full_ptr, count, this_ptr, bins_ptr, KEY_BITS, BLOCK, False, INLINE, WIDE)
+                largest = _fine_chunk(
+                    full_ptr,
+                    aux_ptr,
+                    start,
+                    count,
+                    this_ptr,
+                    bins_ptr,
+                    KEY_BITS,
+                    SCORE,
+                    KIND,
+                    AUX_DTYPE,
+                    BLOCK,
+                    False,
+                    INLINE,
+                    WIDE,
+                )
             else:
-                largest = _fine_chunk(ptr + start, count, this_ptr, bins_ptr, KEY_BITS, BLOCK, True, INLINE, WIDE)
+                largest = _fine_chunk(
+                    ptr + start,
+                    aux_ptr,
+                    start,
+                    count,
+                    this_ptr,
+                    bins_ptr,
+                    KEY_BITS,
+                    SCORE,
+                    KIND,
+                    AUX_DTYPE,
+                    BLOCK,
+                    True,
+                    INLINE,
+                    WIDE,
+                )
             if FIRST:
                 tl.store(bad_ptr + position, 1, mask=largest > INF)
 
@@ -279,7 +341,7 @@ def _codes_chunk(
     else:
         steps = _CHUNK // BLOCK
     for i in range(steps):
-        key, mask = _chunk_keys(ptr, i, count, 16, BLOCK, MASKED)
+        key, mask = _chunk_keys(ptr, ptr, 0, i, count, 16, None, 0, None, BLOCK, MASKED)
         bins = (key - lo) >> shift
         if MASKED:
             bins = tl.where(mask, bins, -1)
@@ -507,6 +569,9 @@ def _sample_kernel(
     num_lines,
     DTYPE: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     SHIFT: tl.constexpr,
     LINE: tl.constexpr,
 ):
@@ -532,10 +597,13 @@ def _sample_kernel(
         # A tensor shorter than a line repeats itself: so it counts for as much as it is.
         within = tl.arange(0, LINE)[None, :] % tl.minimum(length, LINE).to(tl.int32)[:, None]
         ITEM: tl.constexpr = DTYPE.primitive_bitwidth // 8
-        address = tl.load(row_ptr + ROW_ADDRESS)[:, None] + (start[:, None] + within) * ITEM
+        offs = start[:, None] + within
+        address = tl.load(row_ptr + ROW_ADDRESS)[:, None] + offs * ITEM
         everywhere = tl.broadcast_to(mask[:, None], (_SAMPLE_LINES, LINE))
         x = tl.load(address.to(tl.pointer_type(DTYPE)), mask=everywhere, other=0.0)
-        tl.atomic_add(sample_ptr + (magnitude_key(x, KEY_BITS) >> SHIFT), 1, mask=everywhere, sem="relaxed")
+        aux_ptr = (row_ptr + _COL_AUX)[:, None]
+        key = keys_at(x, aux_ptr, 0, offs, offs, everywhere, KEY_BITS, SCORE, KIND, AUX_DTYPE, False)
+        tl.atomic_add(sample_ptr + (key >> SHIFT), 1, mask=everywhere, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["numel", "max_bins"])
@@ -636,13 +704,40 @@ def _survey_kernel(
     tl.store(bad_ptr + position, 1, mask=largest > INF)
 
 
+class Scored(NamedTuple):
+    """Which score's bit patterns are the keys.
+
+    Attributes:
+        formula: jit function of (weight, number), both float32 (float64 for float64 weights); None: the magnitude.
+        kind: which number it gets: NOTHING (then whatever the weight is), ELEMENTS, COLUMNS or LAYER.
+        dtype: the numbers' dtype.
+    """
+
+    formula: Any = None
+    kind: int = NOTHING
+    dtype: torch.dtype = torch.float32
+
+    def constants(self) -> dict[str, Any]:
+        """Return the kernels' constants."""
+        return {"SCORE": self.formula, "KIND": self.kind, "AUX_DTYPE": TRITON_DTYPES[self.dtype]}
+
+
+MAGNITUDE = Scored()
+
+
 def _pass_constants(
-    dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, first: bool, wide: bool, how: Counting
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    per_layer: bool,
+    first: bool,
+    wide: bool,
+    how: Counting,
+    score: Scored = MAGNITUDE,
 ) -> dict:
     constants = {"DTYPE": TRITON_DTYPES[dtype], "INF": INF_KEYS[key_dtype]}
     by_code = key_dtype.itemsize == 2
     if not by_code:
-        constants["KEY_BITS"] = 8 * key_dtype.itemsize
+        constants |= {"KEY_BITS": 8 * key_dtype.itemsize, **score.constants()}
     constants |= {"PER_LAYER": per_layer, "FIRST": first}
     if by_code:
         return constants | {"HISTOGRAM": how.histogram, "INLINE": how.inline, "BLOCK": config("codes", dtype).block}
@@ -687,12 +782,14 @@ def launch_sample(
     num_lines: int,
     dtype: torch.dtype,
     key_dtype: torch.dtype,
+    score: Scored = MAGNITUDE,
 ) -> None:
     """Add the keys of so many lines of a select table to sample (int32); nothing where warm[0] (int64) is set."""
     args = rows, sample, warm, rows.shape[0], numel, num_lines
     constants = {
         "DTYPE": TRITON_DTYPES[dtype],
         "KEY_BITS": 8 * key_dtype.itemsize,
+        **score.constants(),
         "SHIFT": sample_shift(key_dtype),
         "LINE": line_of(dtype),
     }
@@ -737,11 +834,12 @@ def launch_fine(
     key_dtype: torch.dtype,
     per_layer: bool,
     first: bool,
+    score: Scored = MAGNITUDE,
 ) -> None:
     """Count the keys of open windows in hist (int32 or int64 [S * Q, bins]); the first pass marks NaN in bad."""
     wide = hist.dtype == torch.int64
     args = rows, block_to_tensor, state, hist, bad, num_queries, hist.shape[1]
-    constants = _pass_constants(dtype, key_dtype, per_layer, first, wide, counting())
+    constants = _pass_constants(dtype, key_dtype, per_layer, first, wide, counting(), score)
     launch(_fine_kernel, block_to_tensor.numel(), args, constants, config("fine", dtype).options())
 
 
@@ -880,7 +978,7 @@ def _resolve_variants() -> list[Variant]:
         constants = {"TOP": top_of(dtype), "SHIFT": sample_shift(dtype), "LINE": line_of(dtype)}
         constants |= {"PARTS": bins // PART, "PART": PART}
         listed.append(Variant(_window_kernel, label, window, constants, 4, streams=0))
-        constants = {"DTYPE": TRITON_DTYPES[dtype], "KEY_BITS": 8 * dtype.itemsize}
+        constants = {"DTYPE": TRITON_DTYPES[dtype], "KEY_BITS": 8 * dtype.itemsize, **MAGNITUDE.constants()}
         constants |= {"SHIFT": sample_shift(dtype), "LINE": line_of(dtype)}
         listed.append(Variant(_sample_kernel, label, sample, constants, 4, streams=0))
     for counts in ("*u16", "*i32"):

@@ -1,4 +1,4 @@
-"""The one-pass window on Triton: sampled and warm starts, misses, every way of counting, ties with and without counts."""
+"""The one-pass window on Triton: samples, warm starts, misses, every way of counting, ties with and without counts."""
 
 import pytest
 import reference_selection as ref

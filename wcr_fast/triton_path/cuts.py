@@ -42,6 +42,8 @@ from wcr_fast.table import TensorTable, build_table, current_stream, group, keep
 from wcr_fast.torch_path.cuts import Cuts, comparison_dtype
 from wcr_fast.torch_path.layout import is_dense
 
+# Of a table row where the key is the magnitude.
+NO_AUX = (0, 0, 0)
 # Below this many weights, passes over all of them take no longer than a sample and its window.
 SAMPLE_FROM = 1 << 20
 # Keys in a sample: of 32-bit keys as many as pin the window down to the bins of one histogram; of 16-bit keys, which
@@ -164,7 +166,7 @@ def _tables(tensors: Sequence[Tensor], order: Sequence[int]) -> tuple[list[Tenso
     for positions in group(tensors):
         listed = [tensors[i] for i in positions]
         before = np.cumsum([0, *(t.numel() for t in listed)]).tolist()
-        extra = [(b, order[i]) for b, i in zip(before, positions, strict=False)]
+        extra = [(b, order[i], *NO_AUX) for b, i in zip(before, positions, strict=False)]
         tables.append(build_table(listed, positions, CHUNK, extra=extra))
         numels.append(before[-1])
     return tables, numels

@@ -15,7 +15,7 @@ from wcr_fast.kernels.select import launch_survey
 from wcr_fast.table import TensorTable, build_table, group, on_device
 from wcr_fast.torch_path.cuts import Cuts
 from wcr_fast.torch_path.layout import is_dense
-from wcr_fast.triton_path.cuts import chunk_order, find_cuts, in_any_order
+from wcr_fast.triton_path.cuts import NO_AUX, chunk_order, find_cuts, in_any_order
 
 __all__ = ["apply", "apply_nm", "apply_rows", "find_cuts", "survey"]
 
@@ -71,11 +71,11 @@ def _mask_tables(
             _layout((t.numel(),), (1,)) if loose[i] else row
             for i, t, row in zip(positions, listed, logical, strict=True)
         ]
-        extra = [(order[i], int(loose[i]), *row) for i, row in zip(positions, flat, strict=True)]
+        extra = [(order[i], int(loose[i]), *row, *NO_AUX) for i, row in zip(positions, flat, strict=True)]
         tables.append(build_table(listed, positions, CHUNK, extra=extra))
         some = [k for k, i in enumerate(positions) if loose[i]]
         if some:
-            extra = [(order[positions[k]], 0, *logical[k]) for k in some]
+            extra = [(order[positions[k]], 0, *logical[k], *NO_AUX) for k in some]
             permuted.append(build_table([listed[k] for k in some], [positions[k] for k in some], CHUNK, extra=extra))
     return tables, permuted
 
