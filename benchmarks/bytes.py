@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
@@ -99,7 +99,8 @@ class Counter:
 
             def named(executor, *args, **kwargs):
                 self._kernel = executor.fn.__name__
-                return launch(executor, *args, **kwargs)
+                with _disable_current_modes():  # the interpreter copies its arguments to and fro
+                    return launch(executor, *args, **kwargs)
 
             stack.enter_context(mock.patch.object(GridExecutor, "__call__", named))
             stack.enter_context(_TorchOps(self))
