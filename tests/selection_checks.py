@@ -1,6 +1,7 @@
-"""What every rank of a gloo group does for test_sharded_selection.py: each check fails, or returns bytes sent by name."""
+"""What every rank of a gloo group does for test_sharded_selection.py: each check fails, or returns bytes sent."""
 
 import copy
+import itertools
 import os
 import traceback
 import warnings
@@ -43,6 +44,11 @@ def bits(tensor):
     return tensor.detach().contiguous().view(torch.uint8) if tensor.dim() else tensor.detach().view(1).view(torch.uint8)
 
 
+def here(tensor):
+    """Return this rank's shard, or a plain tensor as it is: all ranks compare, so nothing need be gathered."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor):
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
@@ -61,13 +67,12 @@ def compare(tensors, layouts, scope, sparsity):
     want = reference.masks(tensors, sparsity, scope)
     assert all(map(torch.equal, wcr_fast.magnitude_masks(tensors, sparsity, scope=scope), want))
     masks = wcr_fast.magnitude_masks(parts, sparsity, scope=scope)
-    for mask, keep, part in zip(masks, want, parts, strict=True):
+    for mask, keep, part, layout in zip(masks, want, parts, layouts, strict=True):
         assert isinstance(mask, DTensor) == isinstance(part, DTensor)
         if isinstance(part, DTensor):
             assert mask.placements == part.placements
             assert mask.shape == part.shape
-            assert mask.to_local().shape == part.to_local().shape
-        assert torch.equal(whole(mask), keep), (scope, sparsity)
+        assert torch.equal(here(mask), here(cut(keep, *layout))), (scope, sparsity)
     if scope in ("global", "layer"):
         threshold = wcr_fast.magnitude_threshold(parts, [sparsity, 0.3], scope=scope)
         assert type(threshold) is torch.Tensor
@@ -77,8 +82,8 @@ def compare(tensors, layouts, scope, sparsity):
         record = wcr_fast.prune_(parts, sparsity, scope=scope)
         assert record == wcr_fast.prune_(plain, sparsity, scope=scope)
     agree(record)
-    for part, other in zip(parts, plain, strict=True):
-        assert torch.equal(bits(whole(part)), bits(other)), (scope, sparsity)
+    for part, other, layout in zip(parts, plain, layouts, strict=True):
+        assert torch.equal(bits(here(part)), bits(here(cut(other, *layout)))), (scope, sparsity)
 
 
 def layouts_for(ranks):
@@ -100,35 +105,37 @@ def layouts_for(ranks):
 
 
 def every_placement():
-    """One convolution's weight cut along each dimension, evenly or not, empty shards among them."""
-    for values in VALUES.values():
-        for shape in ((6, 5, 3), (1, 2, 4), (4, 8, 2, 3)):
-            torch.manual_seed(1)
-            tensor = values(*shape)
-            for layout in layouts_for(dist.get_world_size()):
-                for scope in ("global", "row", "2:4", "2:3"):
-                    for sparsity in SPARSITIES[1:3] if scope in ("global", "row") else (None,):
-                        compare([tensor], [layout], scope, sparsity)
+    """One weight cut along each dimension, evenly or not, with empty shards; each copy is a layer."""
+    layouts = layouts_for(dist.get_world_size())
+    for kind, shape in itertools.product(("ties", "equal"), ((6, 5, 3), (1, 2, 4), (4, 8, 2, 3))):
+        torch.manual_seed(1)
+        tensors = [VALUES[kind](*shape)] * len(layouts)
+        for scope, sparsity in (("layer", 0.5), ("row", 0.5), ("2:4", None), ("2:3", None)):
+            compare(tensors, layouts, scope, sparsity)
+        for i, layout in enumerate(
+            layouts if (kind, shape[0]) == ("ties", 6) else ()
+        ):  # the cut falls into the middle one
+            compare(tensors[:3], [layouts[i - 1], layout, layouts[i - 2]], "global", 0.5)
 
 
 def lists():
     """Lists of differently cut weights, plain ones among them, of mixed dtypes; all scopes and sparsities."""
     shapes = [(9, 4, 3, 3), (1, 7), (16, 8), (3, 3, 2), (5,), (0, 3), (2, 2, 2), (11, 12), (3, 3, 3), (8, 4), (6, 6)]
     layouts = layouts_for(dist.get_world_size())
-    for kind in VALUES:
-        for mixed in (False, True):
-            torch.manual_seed(2)
-            tensors, placed = [], []
-            for i, shape in enumerate(shapes * 2):
-                tensor = VALUES[kind](*shape)
-                dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-                tensors.append(tensor.to(dtypes[i % 4]) if mixed else tensor)
-                usable = [x for x in layouts if x[0] is None or fits(x[1], len(shape))]
-                placed.append(usable[i % len(usable)])
-            for scope in ("global", "layer", "row"):
-                for sparsity in SPARSITIES:
-                    compare(tensors, placed, scope, sparsity)
-            compare(tensors, placed, "1:4", None)
+    for kind, dtypes in (
+        ("zeros", [torch.float32]),
+        ("ties", [torch.float32, torch.bfloat16, torch.float64, torch.float16]),
+    ):
+        torch.manual_seed(2)
+        tensors, placed = [], []
+        for i, shape in enumerate(shapes * 2):
+            tensors.append(VALUES[kind](*shape).to(dtypes[i % len(dtypes)]))
+            usable = [x for x in layouts if x[0] is None or fits(x[1], len(shape))]
+            placed.append(usable[i % len(usable)])
+        for scope in ("global", "layer", "row"):
+            for sparsity in SPARSITIES:
+                compare(tensors, placed, scope, sparsity)
+        compare(tensors, placed, "1:4", None)
 
 
 def fits(placements, dims):
@@ -310,7 +317,7 @@ def failures():
     uneven = DTensor.from_local(
         torch.randn(sizes[rank], 6), line, [Shard(0)], run_check=False, shape=(sum(sizes), 6), stride=(6, 1)
     )
-    with pytest.raises((ValueError, RuntimeError), match="can't be placed|can't place its shards"):
+    with pytest.raises((ValueError, RuntimeError), match=r"can't be placed|can't place its shards"):
         wcr_fast.prune_([uneven], 0.5)
     assert torch.equal(whole(part), whole_weight)
 
@@ -328,14 +335,14 @@ def strided_memory():
 CHECKS = (every_placement, lists, large, transposed, models, curve, noticed, failures, strided_memory)
 
 
-def work(rank, ranks, folder):
-    """Run all checks of a group of this size; leave what they found in the folder."""
+def work(rank, ranks, folder, names=()):
+    """Run all checks, or those named, in a group of this size; leave what they found in the folder."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
     )
     found = {}
-    for check in CHECKS:
+    for check in CHECKS if not names else [c for c in CHECKS if c.__name__ in names]:
         try:
             found[check.__name__] = check() or {}
         except Exception:
