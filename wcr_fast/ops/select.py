@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wcr_fast.backend import use_triton
+from wcr_fast.ops.paths import group_views, plain_path, row_counts, row_views
+from wcr_fast.ops.sharded import is_sharded, local
 from wcr_fast.torch_path.cuts import Cuts, num_keep, threshold_dtype, values_of
 from wcr_fast.weights import Weight, tensor_dims
 
@@ -27,12 +28,12 @@ _lib.define("magnitude_masks(Tensor[] weights, float sparsity, str scope, int[] 
 
 
 def path_for(tensors: Sequence[Tensor]) -> ModuleType:
-    """Return the module that selects among these tensors: Triton's, or torch's where they span devices."""
-    if use_triton(tensors) and len({t.device for t in tensors}) == 1:
-        from wcr_fast.triton_path import select
-    else:
-        from wcr_fast.torch_path import select
-    return select
+    """Return the module that selects among these tensors: over all processes where one is sharded."""
+    if any(is_sharded(t) for t in tensors):
+        from wcr_fast.ops import select_sharded
+
+        return select_sharded
+    return plain_path(tensors)
 
 
 def check_sparsity(sparsity: float | None, op: str) -> float:
@@ -93,31 +94,6 @@ def _raise_on_cpu(bad: Tensor, op: str) -> None:
         raise_on_nan(bad, [f"weights[{i}]" for i in range(len(bad))], op)
 
 
-def row_views(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors with their output dimension first; the groups of a transposed convolution one by one."""
-    views = []
-    for weight, tensor in zip(weights, tensors, strict=True):
-        parts = tensor.chunk(weight.groups) if weight.groups > 1 else (tensor if tensor.dim() else tensor.view(1),)
-        views += [part.movedim(weight.out_dim, 0) for part in parts]
-    return views
-
-
-def group_views(weights: Sequence[Weight], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors with their input dimension last: of a transposed convolution that of one group."""
-    views = []
-    for weight, tensor in zip(weights, tensors, strict=True):
-        if weight.groups > 1:
-            views.append(tensor.unflatten(0, (weight.groups, -1)).movedim(1, -1))
-        else:
-            views.append(tensor.movedim(weight.in_dim, -1) if tensor.dim() else tensor.view(1))
-    return views
-
-
-def row_counts(views: Sequence[Tensor], sparsity: float) -> list[int]:
-    """Return how many weights of a row stay, for each view."""
-    return [num_keep(sparsity, v[0].numel()) if v.shape[0] else 0 for v in views]
-
-
 def threshold(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: str) -> Tensor:
     """Return the smallest magnitudes kept, [Q] or [Q, L]; see :func:`wcr_fast.magnitude_threshold`."""
     dtype = threshold_dtype(t.dtype for t in tensors)
@@ -127,7 +103,7 @@ def threshold(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: str
     tensors = [t.detach() for t in tensors]
     cuts = path_for(tensors).find_cuts(tensors, keep_counts(tensors, sparsities, scope))
     _raise_on_cpu(cuts.bad, "magnitude_threshold")
-    values = values_of(cuts.key, cuts.dtype).to(dtype)  # [S, Q]
+    values = values_of(cuts.key, cuts.dtype).to(local(tensors[0]).device, dtype)  # [S, Q]
     if scope == "global":
         return values[0].masked_fill(cuts.bad.any(), torch.nan)
     return values.masked_fill(cuts.bad[:, None], torch.nan).t().contiguous()
@@ -138,22 +114,43 @@ def masks(weights: Sequence[Weight], sparsity: float, scope: str) -> list[Tensor
     tensors = [w.param.detach() for w in weights]
     if not tensors:
         return []
-    out = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
+    out = [torch.empty(local(t).shape, dtype=torch.bool, device=local(t).device) for t in tensors]
     path, op = path_for(tensors), "magnitude_masks"
     if scope in ("global", "layer"):
         cuts: Cuts = path.find_cuts(tensors, keep_counts(tensors, [sparsity], scope))
         _raise_on_cpu(cuts.bad, op)
         path.apply(tensors, cuts, out)
-        return out
-    if all(t.device.type == "cpu" for t in tensors):
-        _raise_on_cpu(survey(tensors)[1], op)
-    if scope == "row":
-        views = row_views(weights, tensors)
-        path.apply_rows(views, row_counts(views, sparsity), row_views(weights, out))
     else:
-        n, m = check_scope(scope, None, op)
-        path.apply_nm(group_views(weights, tensors), n, m, group_views(weights, out))
+        if any(is_sharded(t) for t in tensors) or all(t.device.type == "cpu" for t in tensors):
+            _raise_on_cpu(survey(tensors)[1], op)
+        apply_lines(weights, tensors, sparsity, scope, out)
+    if any(is_sharded(t) for t in tensors):
+        from wcr_fast.ops.shards import like_shard
+
+        return [like_shard(mask, t) for mask, t in zip(out, tensors, strict=True)]
     return out
+
+
+def apply_lines(
+    weights: Sequence[Weight],
+    tensors: Sequence[Tensor],
+    sparsity: float | None,
+    scope: str,
+    out: Sequence[Tensor] | None = None,
+) -> None:
+    """Prune every row, or every group of n:m, by itself: in place, or masks into ``out`` (of DTensors: of shards)."""
+    nm = check_scope(scope, sparsity if scope == "row" else None, "prune")
+    if any(is_sharded(t) for t in tensors):
+        from wcr_fast.ops.lines_sharded import apply_lines as apply_sharded
+
+        apply_sharded(weights, tensors, sparsity, nm, out)
+        return
+    path = plain_path(tensors)
+    if nm is None:
+        views = row_views(weights, tensors)
+        path.apply_rows(views, row_counts(views, sparsity), None if out is None else row_views(weights, out))
+    else:
+        path.apply_nm(group_views(weights, tensors), *nm, None if out is None else group_views(weights, out))
 
 
 def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wcr_fast.table import upload
 
@@ -24,6 +24,19 @@ def is_sharded(tensor: Tensor) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, any other tensor as it is."""
     return tensor._local_tensor if hasattr(tensor, "_local_tensor") else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 take its shards for the parameters again where a forward pass has left whole weights in their place.
+
+    A write into those would be lost.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 def like(shard: Tensor, tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wcr_fast.ops import select
+from wcr_fast.ops.sharded import local, reshard
 from wcr_fast.pruning.prune import Plan, chosen
 from wcr_fast.pruning.record import PruneRecord
 from wcr_fast.weights import Exclude, Weight
@@ -107,7 +108,7 @@ def pruning_curve(
 @contextlib.contextmanager
 def _given_back(model: nn.Module, weights: Sequence[Weight]) -> Iterator[Callable[[], None]]:
     """Yield a function that restores weights, buffers and training flags; call it on the way out."""
-    saved = [(w.param, w.param.detach().clone()) for w in weights]
+    saved = [(shard, shard.clone()) for shard in (local(w.param).detach() for w in weights)]
     owners = [
         (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
@@ -117,8 +118,9 @@ def _given_back(model: nn.Module, weights: Sequence[Weight]) -> Iterator[Callabl
 
     @torch.no_grad()
     def restore() -> None:
-        for param, values in saved:
-            param.detach().copy_(values)
+        reshard(model)  # evaluate may have gathered the weights of a sharded model
+        for shard, values in saved:
+            shard.copy_(values)
         for module, name, buffer, values in owners:
             module._buffers[name] = buffer  # evaluate may have replaced it
             if buffer is not None:

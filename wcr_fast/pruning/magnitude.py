@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wcr_fast.ops import select
-from wcr_fast.weights import Weights, as_weights
+from wcr_fast.ops.sharded import is_sharded, reshard
+from wcr_fast.weights import Weight, Weights, as_weights
 
 
 def magnitude_threshold(weights: Weights, sparsity: float | Iterable[float], *, scope: str = "global") -> Tensor:
@@ -42,9 +43,10 @@ def magnitude_threshold(weights: Weights, sparsity: float | Iterable[float], *, 
     if scope not in ("global", "layer"):
         raise ValueError(f'{op}: scope must be "global" or "layer", got {scope!r}; magnitude_masks knows more')
     sparsities, many = select.check_sparsities(sparsity, op)
-    tensors = [w.param.detach() for w in as_weights(weights, op=op)]
+    tensors = [w.param.detach() for w in _listed(weights, op)]
     # As an op of torch, for meta and fake tensors; without any tensor there is nothing to dispatch on.
-    find = torch.ops.wcr_fast.magnitude_threshold if tensors else select.threshold
+    as_op = bool(tensors) and not any(is_sharded(t) for t in tensors)
+    find = torch.ops.wcr_fast.magnitude_threshold if as_op else select.threshold
     found = find(tensors, sparsities, scope)
     return found if many else found.squeeze(0)
 
@@ -76,8 +78,16 @@ def magnitude_masks(weights: Weights, sparsity: float | None, *, scope: str = "g
     op = "magnitude_masks"
     nm = select.check_scope(scope, sparsity, op)
     value = 0.0 if nm else select.check_sparsity(sparsity, op)
-    chosen = as_weights(weights, op=op)
+    chosen = _listed(weights, op)
     if not chosen:
         return []
     tensors = [w.param.detach() for w in chosen]
+    if any(is_sharded(t) for t in tensors):
+        return select.masks(chosen, value, scope)
     return list(torch.ops.wcr_fast.magnitude_masks(tensors, value, scope, select.transposed(chosen)))
+
+
+def _listed(weights: Weights, op: str) -> list[Weight]:
+    if isinstance(weights, nn.Module):
+        reshard(weights)
+    return as_weights(weights, op=op, sharded=True)

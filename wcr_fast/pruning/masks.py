@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from wcr_fast.attach import unwrap
 from wcr_fast.ops import select
-from wcr_fast.ops.sharded import is_sharded
+from wcr_fast.ops.sharded import is_sharded, local
+from wcr_fast.ops.shards import like_shard
 from wcr_fast.pruning import mask_file, torch_prune
 from wcr_fast.pruning.keep import KeepHandle, enforce_, words_of
 from wcr_fast.pruning.named import Named, check_fits, find, listed, optimizer_names, recalled, remember
@@ -78,7 +79,7 @@ class Masks:
         if isinstance(model, nn.Module):
             _refuse_torch_prune(model, op)
         weights, _ = chosen(model, exclude, op)
-        return cls({w.name: (bits.pack(w.param, lambda x: x != 0), w.param.shape) for w in weights}, source=model)
+        return cls({w.name: (_packed(w.param, lambda x: x != 0), w.param.shape) for w in weights}, source=model)
 
     @classmethod
     def from_sparsity(
@@ -101,7 +102,7 @@ class Masks:
         weights, _ = chosen(model, exclude, op)
         _refuse_nan(weights, op)
         found = select.masks(weights, value, scope)
-        made = cls({w.name: (bits.pack(m), m.shape) for w, m in zip(weights, found, strict=True)}, source=model)
+        made = cls({w.name: (_packed(m), m.shape) for w, m in zip(weights, found, strict=True)}, source=model)
         made._warn_of_emptied(op)
         return made
 
@@ -127,7 +128,7 @@ class Masks:
         weights, _ = chosen(model, exclude, op)
         _refuse_nan(weights, op)
         layers = {
-            w.name: (bits.pack(w.param, lambda x: x.to(torch.float64).abs() >= cut), w.param.shape) for w in weights
+            w.name: (_packed(w.param, lambda x: x.to(torch.float64).abs() >= cut), w.param.shape) for w in weights
         }
         made = cls(layers, source=model)
         made._warn_of_emptied("from_threshold")
@@ -398,6 +399,14 @@ class Masks:
         return [found[name] for name in first.values()]
 
 
+def _packed(tensor: Tensor, test: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Pack a mask, or ``test`` of a weight; of a DTensor every process gets the bits of all shards."""
+    if not is_sharded(tensor):
+        return bits.pack(tensor, test)
+    flags = local(tensor).detach() if test is None else test(local(tensor).detach())
+    return bits.pack(like_shard(flags.contiguous().view(torch.uint8), tensor).full_tensor().view(torch.bool))
+
+
 def _by_place(masks: Sequence[Tensor], weights: Sequence[Weight], op: str) -> dict[str, Tensor]:
     if len(masks) != len(weights):
         raise ValueError(
@@ -412,7 +421,7 @@ def _refuse_nan(weights: Sequence[Weight], op: str) -> None:
 
 
 def _refuse_torch_prune(model: nn.Module, op: str) -> None:
-    for weight in choose(model).weights:
+    for weight in choose(model, sharded=True).weights:
         if weight.name.endswith("_orig") and weight.owner is not None:
             module, attribute = weight.owner
             if attribute.removesuffix("orig") + "mask" in module._buffers:

@@ -6,13 +6,15 @@ import itertools
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wcr_fast.ops import select
+from wcr_fast.ops.paths import group_views, row_counts, row_views
+from wcr_fast.ops.ranks import all_or_none
+from wcr_fast.ops.sharded import is_sharded, local, reshard
 from wcr_fast.pruning.record import LayerRecord, PruneRecord
 from wcr_fast.torch_path.cuts import Cuts, num_keep, values_of
 from wcr_fast.torch_path.layout import is_dense
@@ -81,25 +83,27 @@ def chosen(
     """Return the weights to prune and what is left out; raise when they can't be pruned in place."""
     left_out: tuple[tuple[str, str], ...] = ()
     if isinstance(model_or_weights, nn.Module):
-        choice = choose(model_or_weights, exclude=exclude, trainable=False)
+        reshard(model_or_weights)
+        choice = choose(model_or_weights, exclude=exclude, trainable=False, sharded=True)
         weights, left_out = choice.weights, tuple(choice.left_out)
         for weight in weights:
             if weight.param.element_size() < 2:
                 raise TypeError(f"{op}: {weight.label()} has dtype {weight.param.dtype}; exclude it")
     else:
-        weights = as_weights(model_or_weights, op=op, exclude=exclude)
+        weights = as_weights(model_or_weights, op=op, exclude=exclude, sharded=True)
     if not weights:
         found = ", ".join(f"{name} ({reason})" for name, reason in left_out[:4]) or "no parameters at all"
         raise ValueError(f"{op}: nothing to prune: no floating-point weight with 2 or more dimensions; found {found}")
-    for weight in weights:
-        check_writable(weight, op)
-    _check_apart(weights, op)
+    with all_or_none([w.param for w in weights], op):
+        for weight in weights:
+            check_writable(weight, op)
+        _check_apart(weights, op)
     return weights, left_out
 
 
 def check_writable(weight: Weight, op: str) -> None:
     """Raise ValueError when a weight can't be written in place: it has no values, or overlaps itself."""
-    param = weight.param
+    param = local(weight.param)
     if param.device.type == "meta":
         raise ValueError(f"{op}: {weight.label()} is on the meta device and has no values")
     reach = 0  # distance between the first and the last element over the dimensions so far
@@ -117,14 +121,14 @@ def _check_apart(weights: Sequence[Weight], op: str) -> None:
     """Raise when two weights share memory. Interleaved views of one buffer pass: they can be disjoint."""
     spans = []
     for weight in weights:
-        param = weight.param
+        param = local(weight.param)
         if param.numel():
             start = param.data_ptr()
             reach = sum(stride * (size - 1) for stride, size in zip(param.stride(), param.shape, strict=True))
             spans.append((str(param.device), start, start + (reach + 1) * param.element_size(), weight))
     spans.sort(key=lambda span: span[:2])
     for (device, start, stop, first), (other, at, _, second) in itertools.pairwise(spans):
-        dense = is_dense(first.param) and is_dense(second.param)
+        dense = is_dense(local(first.param)) and is_dense(local(second.param))
         if device == other and (at == start or (at < stop and dense)):
             raise ValueError(f"{op}: {first.label()} and {second.label()} share memory; pass each weight once")
 
@@ -165,26 +169,26 @@ class Plan:
         """Write the q-th sparsity into the weights and return the record; warn where a layer loses everything."""
         tensors = [w.param.detach() for w in self.weights]
         write = self._write_cuts if self.cuts is not None else self._write_lines
-        record = write(tensors, q, select.path_for(tensors))
+        record = write(tensors, q)
         # Kernels write behind autograd's back; a backward pass across this must notice.
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version([*tensors, *(local(t) for t in tensors if is_sharded(t))])
         emptied = [layer.name for layer in record.per_layer if layer.numel and layer.removed == layer.numel]
         warn_of_emptied(emptied, "prune_", stacklevel=4)
         return record
 
-    def _write_lines(self, tensors: list[Tensor], q: int, path: ModuleType) -> PruneRecord:
+    def _write_lines(self, tensors: list[Tensor], q: int) -> PruneRecord:
         """Prune every row, or every group of n:m, by itself."""
         notes = [""] * len(tensors)
+        shapes = [torch.empty(t.shape, device="meta") for t in tensors]  # of whole weights, where they are sharded
+        select.apply_lines(self.weights, tensors, self.sparsities[q], self.scope)
         if self.scope == "row":
-            views = select.row_views(self.weights, tensors)
-            keep = select.row_counts(views, self.sparsities[q])
-            path.apply_rows(views, keep)
+            views = row_views(self.weights, shapes)
+            keep = row_counts(views, self.sparsities[q])
             per_view = iter([v.numel() - v.shape[0] * k for v, k in zip(views, keep, strict=True)])
             removed = [sum(itertools.islice(per_view, w.groups)) for w in self.weights]
         else:
             n, m = select.check_scope(self.scope, None, "prune_")
-            views = select.group_views(self.weights, tensors)
-            path.apply_nm(views, n, m)
+            views = group_views(self.weights, shapes)
             removed = [v.numel() // max(v.shape[-1], 1) * (v.shape[-1] // m) * (m - n) for v in views]
             notes = [
                 f"the last {rest} of {v.shape[-1]} inputs fill no group of {m} and stay dense" if rest else ""
@@ -194,11 +198,11 @@ class Plan:
         after = select.survey(tensors)[0].tolist()
         return self._record(q, removed, after, [None] * len(tensors), notes)
 
-    def _write_cuts(self, tensors: list[Tensor], q: int, path: ModuleType) -> PruneRecord:
+    def _write_cuts(self, tensors: list[Tensor], q: int) -> PruneRecord:
         """Prune at the cuts of the list or of every layer."""
         cuts = self.cuts.at(q)
         counts = cuts.counts
-        path.apply(tensors, cuts)
+        select.path_for(tensors).apply(tensors, cuts)
         key, ties = cuts.key[:, 0].cpu().numpy(), cuts.ties[:, 0].cpu().numpy()
         if counts is not None:
             kept = counts.above[:, 0].cpu().numpy() + _share(ties, counts.tied[:, 0].cpu().numpy())

@@ -35,7 +35,7 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     else:
         found = [window_search(MemorySource([t]), row) for t, row in zip(tensors, num_keep, strict=True)]
         if any(t.dtype != dtype for t in tensors):
-            found = [_in_dtype(f, t.dtype, dtype) for f, t in zip(found, tensors, strict=True)]
+            found = [in_dtype(f, t.dtype, dtype) for f, t in zip(found, tensors, strict=True)]
     device = tensors[0].device
 
     def stacked(name: str) -> Tensor:
@@ -50,7 +50,7 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     )
 
 
-def _in_dtype(found: Found, own: torch.dtype, dtype: torch.dtype) -> Found:
+def in_dtype(found: Found, own: torch.dtype, dtype: torch.dtype) -> Found:
     """Return cuts found in a tensor's own dtype as keys of the list's comparison dtype."""
     nothing = INF_KEYS[own] + 1
     values = (None if key == nothing else value_of(key, own) for key in found.key)

@@ -104,7 +104,7 @@ def window_search(source: KeySource, num_keep: Sequence[int]) -> Found:
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Keys lo <= key < hi; collected where they are few, else counted in bins of 2^shift keys."""
 
     lo: int
@@ -118,10 +118,10 @@ class _Window:
         return ((self.hi - self.lo - 1) >> self.shift) + 1
 
 
-class _Tally:
+class Tally:
     """What one thread counted in one sweep."""
 
-    def __init__(self, windows: Sequence[_Window], tensors: int, top: int) -> None:
+    def __init__(self, windows: Sequence[Window], tensors: int, top: int) -> None:
         self.windows, self.top = windows, top
         self.above = np.zeros((len(windows), tensors), np.int64)
         self.inside = np.zeros((len(windows), tensors), np.int64)
@@ -132,7 +132,7 @@ class _Tally:
         self.bins = [None if w.limit else np.zeros((tensors, w.bins), np.int64) for w in windows]
         self._flags = np.empty((2, 0), bool)
 
-    def read(self, blocks: Iterable[KeyBlock], first: bool) -> _Tally:
+    def read(self, blocks: Iterable[KeyBlock], first: bool) -> Tally:
         for block in blocks:
             if block.keys.size > self._flags.shape[1]:
                 self._flags = np.empty((2, block.keys.size), bool)
@@ -179,7 +179,7 @@ class _Tally:
             start, stop = stop, stop + count
             bins[tensor] += np.bincount(offsets[start:stop], minlength=window.bins)
 
-    def merge(self, other: _Tally) -> None:
+    def merge(self, other: Tally) -> None:
         for name in ("above", "inside", "zeros", "bad"):
             getattr(self, name)[...] += getattr(other, name)
         for i, bins in enumerate(self.bins):
@@ -187,6 +187,24 @@ class _Tally:
             self.owners[i] += other.owners[i]
             if bins is not None:
                 bins += other.bins[i]
+
+
+def count_windows(source: KeySource, windows: Sequence[Window], *, first: bool) -> Tally:
+    """Sweep over the source once, with its threads; ``first``: look for zeros and NaN, too."""
+    top, tensors = INF_KEYS[source.dtype] + 1, len(source.numels)
+    workers = torch.get_num_threads() if sum(source.numels) >= THREADED else 1
+    streams = source.streams(workers)
+    tallies = [Tally(windows, tensors, top) for _ in streams]
+    if len(streams) > 1:
+        with ThreadPoolExecutor(len(streams)) as pool:
+            list(pool.map(Tally.read, tallies, streams, [first] * len(streams)))
+    else:
+        for tally, stream in zip(tallies, streams, strict=True):
+            tally.read(stream, first)
+    tally = tallies[0]
+    for other in tallies[1:]:
+        tally.merge(other)
+    return tally
 
 
 def _per_segment(flags: np.ndarray, starts: Sequence[int]) -> np.ndarray | int:
@@ -220,7 +238,7 @@ class _Search:
     def found(self) -> Found:
         return Found(self.key, self.ties, self.above, self.tied, self.zeros, self.bad)
 
-    def _guess(self) -> list[_Window]:
+    def _guess(self) -> list[Window]:
         ranks = [q for q, keep in enumerate(self.num_keep) if keep > 0]
         if not ranks:
             return []
@@ -241,30 +259,19 @@ class _Search:
                 merged.append((lo, hi, share, mine))
         return [self._window(lo, hi, ranks, share * self.total) for lo, hi, share, ranks in merged]
 
-    def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> _Window:
+    def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> Window:
         limit = self.capacity * len(ranks)
         if expected <= limit and hi - lo > 1:
-            return _Window(lo, hi, ranks, limit=limit)
+            return Window(lo, hi, ranks, limit=limit)
         bins = max(2, min(BINS, COUNTERS // self.tensors))
         shift = 0
         while (hi - lo - 1) >> shift >= bins:
             shift += 1
-        return _Window(lo, hi, ranks, shift=shift)
+        return Window(lo, hi, ranks, shift=shift)
 
     def sweep(self) -> None:
         first = self.zeros is None
-        workers = torch.get_num_threads() if self.total >= THREADED else 1
-        streams = self.source.streams(workers)
-        tallies = [_Tally(self.windows, self.tensors, self.top) for _ in streams]
-        if len(streams) > 1:
-            with ThreadPoolExecutor(len(streams)) as pool:
-                list(pool.map(_Tally.read, tallies, streams, [first] * len(streams)))
-        else:
-            for tally, stream in zip(tallies, streams, strict=True):
-                tally.read(stream, first)
-        tally = tallies[0]
-        for other in tallies[1:]:
-            tally.merge(other)
+        tally = count_windows(self.source, self.windows, first=first)
         if first:
             self.zeros, self.bad = tally.zeros, tally.bad
         windows, self.windows = self.windows, []
@@ -282,7 +289,7 @@ class _Search:
             for q in window.ranks:
                 self.proved[q] = size
 
-    def _resolve(self, window: _Window, i: int, tally: _Tally) -> None:
+    def _resolve(self, window: Window, i: int, tally: Tally) -> None:
         above, inside = int(tally.above[i].sum()), int(tally.inside[i].sum())
         missed_up = tuple(q for q in window.ranks if self.num_keep[q] <= above)
         missed_down = tuple(q for q in window.ranks if self.num_keep[q] > above + inside)
@@ -300,7 +307,7 @@ class _Search:
         else:  # overflowed: histogram
             self.windows.append(self._window(window.lo, window.hi, tuple(ranks), np.inf))
 
-    def _from_keys(self, ranks: list[int], tally: _Tally, i: int) -> None:
+    def _from_keys(self, ranks: list[int], tally: Tally, i: int) -> None:
         keys = np.concatenate(tally.keys[i])
         tally.keys[i].clear()
         owners = np.concatenate([tensors for tensors, _ in tally.owners[i]])
@@ -318,7 +325,7 @@ class _Search:
             self._settle(q, int(cut), greater, equal)
 
     def _from_bins(
-        self, window: _Window, ranks: list[int], above: np.ndarray, inside: np.ndarray, bins: np.ndarray
+        self, window: Window, ranks: list[int], above: np.ndarray, inside: np.ndarray, bins: np.ndarray
     ) -> None:
         if window.bins == 1:
             bins[:, 0] = inside
@@ -342,6 +349,13 @@ class _Search:
         self.above[:, q], self.tied[:, q] = above, tied
 
 
+def sample_variance(lines: np.ndarray, key: int) -> float:
+    """Return the variance of the number of sampled keys that reach a key, from the lines themselves."""
+    per_line = np.count_nonzero(lines >= key, axis=1)
+    # Neighbours differ by chance only, also where whole layers differ in scale.
+    return len(lines) * float(np.square(np.diff(per_line)).sum()) / (2 * max(len(lines) - 1, 1))
+
+
 def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> list[tuple[int, int, float]]:
     """Return, for each share of keys kept, the window [lo, hi) around its cut and the share of keys inside.
 
@@ -354,10 +368,7 @@ def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> lis
         rank = min(max(round(share * size), 1), size)  # the rank-th largest key of the sample
         margin = 0
         if not whole:
-            per_line = np.count_nonzero(lines >= ranked[size - rank], axis=1)
-            # Neighbours differ by chance only, also where whole layers differ in scale.
-            variance = np.square(np.diff(per_line)).sum() / (2 * max(len(lines) - 1, 1))
-            margin = int(MARGIN * np.sqrt(len(lines) * variance) + 3 * MARGIN)
+            margin = int(MARGIN * np.sqrt(sample_variance(lines, ranked[size - rank])) + 3 * MARGIN)
         places.append((size - rank - margin, size - rank + margin))
     for low, high in places:
         lo = 0 if low < 0 else int(ranked[low])

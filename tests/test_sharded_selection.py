@@ -1,0 +1,23 @@
+"""Selection among sharded weights on 1, 2 and 4 gloo ranks against one process: see selection_checks.py."""
+
+import pytest
+import torch
+
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("torch.distributed has no gloo here", allow_module_level=True)
+
+import selection_checks as checks
+
+# Per call and process, whatever the weights.
+MOST_BYTES = 256_000
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_select_as_one_process(ranks, tmp_path):
+    torch.multiprocessing.spawn(checks.work, (ranks, str(tmp_path)), nprocs=ranks)
+    faults = []
+    for rank in range(ranks):
+        for check, found in torch.load(tmp_path / f"{rank}.pt").items():
+            if isinstance(found, str) or not all(sent <= MOST_BYTES for sent in found.values()):
+                faults.append(f"rank {rank}, {check}: {found}")
+    assert not faults, "\n".join(faults)
