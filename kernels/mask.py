@@ -28,7 +28,7 @@ from ._tile import (
     strided_offsets,
 )
 from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
-from .select import MAGNITUDE, Scored
+from .select import MAGNITUDE, KeyFormula
 
 _CHUNK = tl.constexpr(CHUNK)
 _ELEMENTS = tl.constexpr(ELEMENTS)
@@ -360,7 +360,7 @@ def _nm_kernel(
             _write(out_ptr, where, x, stays, mask, TO_MASK)
 
 
-def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, score: Scored = MAGNITUDE) -> dict:
+def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, score: KeyFormula = MAGNITUDE) -> dict:
     settings = config("mask", key_dtype)  # keys take the registers
     return {
         "DTYPE": TRITON_DTYPES[dtype],
@@ -401,7 +401,7 @@ def launch_ties(
     dtype: torch.dtype,
     key_dtype: torch.dtype,
     per_layer: bool,
-    score: Scored = MAGNITUDE,
+    score: KeyFormula = MAGNITUDE,
 ) -> None:
     """Count ties of every chunk in logical order: ties (int32, chunks in list order), of tensors whose ties are cut."""
     args = rows, block_to_tensor, key, quota, ties_before, ties
@@ -423,7 +423,7 @@ def launch_mask(
     key_dtype: torch.dtype,
     per_layer: bool,
     what: int,
-    score: Scored = MAGNITUDE,
+    score: KeyFormula = MAGNITUDE,
 ) -> None:
     """Apply cuts key, quota (int64 [S]): zero in place, or write bool masks to out_addrs (int64, per table row).
 

@@ -704,8 +704,8 @@ def _survey_kernel(
     tl.store(bad_ptr + position, 1, mask=largest > INF)
 
 
-class Scored(NamedTuple):
-    """Which score's bit patterns are the keys.
+class KeyFormula(NamedTuple):
+    """What the keys are the bit patterns of.
 
     Attributes:
         formula: jit function of (weight, number), both float32 (float64 for float64 weights); None: the magnitude.
@@ -722,7 +722,7 @@ class Scored(NamedTuple):
         return {"SCORE": self.formula, "KIND": self.kind, "AUX_DTYPE": TRITON_DTYPES[self.dtype]}
 
 
-MAGNITUDE = Scored()
+MAGNITUDE = KeyFormula()
 
 
 def _pass_constants(
@@ -732,7 +732,7 @@ def _pass_constants(
     first: bool,
     wide: bool,
     how: Counting,
-    score: Scored = MAGNITUDE,
+    score: KeyFormula = MAGNITUDE,
 ) -> dict:
     constants = {"DTYPE": TRITON_DTYPES[dtype], "INF": INF_KEYS[key_dtype]}
     by_code = key_dtype.itemsize == 2
@@ -782,7 +782,7 @@ def launch_sample(
     num_lines: int,
     dtype: torch.dtype,
     key_dtype: torch.dtype,
-    score: Scored = MAGNITUDE,
+    score: KeyFormula = MAGNITUDE,
 ) -> None:
     """Add the keys of so many lines of a select table to sample (int32); nothing where warm[0] (int64) is set."""
     args = rows, sample, warm, rows.shape[0], numel, num_lines
@@ -834,7 +834,7 @@ def launch_fine(
     key_dtype: torch.dtype,
     per_layer: bool,
     first: bool,
-    score: Scored = MAGNITUDE,
+    score: KeyFormula = MAGNITUDE,
 ) -> None:
     """Count the keys of open windows in hist (int32 or int64 [S * Q, bins]); the first pass marks NaN in bad."""
     wide = hist.dtype == torch.int64

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports only from its own group and from groups above it.
 ORDER = [
     {"kernels"},
-    {"wcr_fast.backend", "wcr_fast.errors", "wcr_fast.weights"},
+    {"wcr_fast.backend", "wcr_fast.errors", "wcr_fast.score", "wcr_fast.weights"},
     {"wcr_fast.native", "wcr_fast.table", "wcr_fast.slots", "wcr_fast.watch"},
     {"wcr_fast.torch_path", "wcr_fast.triton_path"},
     {"wcr_fast.ops"},

@@ -7,12 +7,14 @@ from wcr_fast.pruning import (
     Masks,
     PruneRecord,
     PruningCurve,
+    column_norms,
     load_exported,
     magnitude_masks,
     magnitude_threshold,
     prune_,
     pruning_curve,
     recalibrate_batchnorm,
+    score_masks,
 )
 from wcr_fast.regularizers import (
     L1,
@@ -22,6 +24,7 @@ from wcr_fast.regularizers import (
     Regularizer,
     RelativeConcentration,
 )
+from wcr_fast.score import Score
 
 __version__ = "0.1.0"
 
@@ -35,7 +38,9 @@ __all__ = [
     "PruningCurve",
     "Regularizer",
     "RelativeConcentration",
+    "Score",
     "backend",
+    "column_norms",
     "concentration_penalty",
     "layer_moments",
     "load_exported",
@@ -45,4 +50,5 @@ __all__ = [
     "prune_",
     "pruning_curve",
     "recalibrate_batchnorm",
+    "score_masks",
 ]

@@ -81,12 +81,14 @@ def keep_counts(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: s
     return [[num_keep(s, pool) for s in sparsities] for pool in pools]
 
 
-def raise_on_nan(bad: Tensor, names: Sequence[str], op: str, then: str = "") -> None:
+def raise_on_nan(bad: Tensor, names: Sequence[str], op: str, then: str = "", *, score: str = "magnitude") -> None:
     """Raise ValueError naming the tensors flagged as holding NaN (one sync); ``then`` ends the message."""
     named = [name for name, flag in zip(names, bad.tolist(), strict=True) if flag]
     if named:
         more = f" (and {len(named) - 1} more)" if len(named) > 1 else ""
-        raise ValueError(f"{op}: {named[0]}{more} holds NaN: magnitudes can't be ranked{then}")
+        if score == "magnitude":
+            raise ValueError(f"{op}: {named[0]}{more} holds NaN: magnitudes can't be ranked{then}")
+        raise ValueError(f"{op}: a {score} score of {named[0]}{more} is NaN or negative: it can't be ranked{then}")
 
 
 def _raise_on_cpu(bad: Tensor, op: str) -> None:

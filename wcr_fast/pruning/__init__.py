@@ -7,6 +7,7 @@ from wcr_fast.pruning.magnitude import magnitude_masks, magnitude_threshold
 from wcr_fast.pruning.masks import Masks
 from wcr_fast.pruning.prune import prune_
 from wcr_fast.pruning.record import LayerRecord, PruneRecord
+from wcr_fast.pruning.scores import column_norms, score_masks
 from wcr_fast.pruning.torch_prune import dense_state_dict
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PrunePoint",
     "PruneRecord",
     "PruningCurve",
+    "column_norms",
     "dense_state_dict",
     "export_checkpoint",
     "load_exported",
@@ -25,4 +27,5 @@ __all__ = [
     "pruning_curve",
     "recalibrate_batchnorm",
     "restore_checkpoint",
+    "score_masks",
 ]

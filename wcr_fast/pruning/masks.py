@@ -21,6 +21,8 @@ from wcr_fast.pruning import mask_file, torch_prune
 from wcr_fast.pruning.keep import KeepHandle, enforce_, words_of
 from wcr_fast.pruning.named import Named, check_fits, find, listed, optimizer_names, recalled, remember
 from wcr_fast.pruning.prune import chosen, warn_of_emptied
+from wcr_fast.pruning.ranking import Aux, Bound, Ranking
+from wcr_fast.score import Score
 from wcr_fast.torch_path import bits
 from wcr_fast.weights import Exclude, Weight, Weights, as_weights, choose
 
@@ -83,14 +85,24 @@ class Masks:
 
     @classmethod
     def from_sparsity(
-        cls, model: Weights, sparsity: float | None, scope: str = "global", *, exclude: Exclude = ()
+        cls,
+        model: Weights,
+        sparsity: float | None,
+        scope: str = "global",
+        *,
+        exclude: Exclude = (),
+        score: str | Score = "magnitude",
+        aux: Aux = None,
+        floor: Bound = None,
+        cap: Bound = None,
     ) -> Masks:
-        """Select the largest magnitudes, exactly: the masks of :func:`wcr_fast.magnitude_masks`, and its arguments.
+        """Select the largest magnitudes, or other scores, exactly: the arguments of :func:`wcr_fast.score_masks`.
 
         Waits for the device. Warns where a layer would lose all its weights.
 
         Raises:
-            ValueError: as ``from_model``, for NaN (naming the parameter), a wrong sparsity or scope.
+            ValueError: as ``from_model``, for NaN (naming the parameter), a wrong sparsity or scope, and as
+                :func:`wcr_fast.score_masks`.
 
         Example:
             >>> import torch
@@ -100,8 +112,12 @@ class Masks:
         op, model = "from_sparsity", listed(model)
         value = 0.0 if select.check_scope(scope, sparsity, op) else select.check_sparsity(sparsity, op)
         weights, _ = chosen(model, exclude, op)
-        _refuse_nan(weights, op)
-        found = select.masks(weights, value, scope)
+        ranking = Ranking.of(weights, scope, op, score=score, aux=aux, floor=floor, cap=cap)
+        if ranking is None:
+            _refuse_nan(weights, op)
+            found = select.masks(weights, value, scope)
+        else:
+            found = ranking.masks(weights, value, scope, op)
         made = cls({w.name: (_packed(m), m.shape) for w, m in zip(weights, found, strict=True)}, source=model)
         made._warn_of_emptied(op)
         return made

@@ -15,7 +15,9 @@ from wcr_fast.ops import select
 from wcr_fast.ops.paths import group_views, row_counts, row_views
 from wcr_fast.ops.ranks import all_or_none
 from wcr_fast.ops.sharded import is_sharded, local, reshard
+from wcr_fast.pruning.ranking import Aux, Bound, Ranking
 from wcr_fast.pruning.record import LayerRecord, PruneRecord
+from wcr_fast.score import Score
 from wcr_fast.torch_path.cuts import Cuts, num_keep, values_of
 from wcr_fast.torch_path.layout import is_dense
 from wcr_fast.torch_path.window import shares
@@ -28,6 +30,10 @@ def prune_(
     *,
     scope: str = "global",
     exclude: Exclude = (),
+    score: str | Score = "magnitude",
+    aux: Aux = None,
+    floor: Bound = None,
+    cap: Bound = None,
 ) -> PruneRecord:
     """Set the smallest weights to zero, in place, and return a record of it.
 
@@ -41,9 +47,14 @@ def prune_(
         scope: ``"global"``, ``"layer"``, ``"row"`` (each output by itself) or n:m such as ``"2:4"``, n kept of
             each m along the input dimension.
         exclude: what to leave out of a module: name patterns, module types or functions.
+        score: by what weights are ranked, and ``aux`` what that needs: see :func:`wcr_fast.score_masks`.
+        floor: for scope ``"global"``: the share of each layer that stays at least, one number, or by name pattern (the
+            first match counts); above 0 a layer keeps one weight. The total stays exact, masks nested as sparsity grows.
+        cap: the share of each layer that stays at most.
 
     Returns:
-        The record: counts, threshold and a row per layer; ``print(record)`` shows a table. Waits for the device.
+        The record: counts, threshold (the smallest score kept) and a row per layer; ``print(record)`` shows a table.
+        Waits for the device.
 
     Raises:
         ValueError: before anything is written: NaN (naming the parameter), nothing to prune, the same or
@@ -61,7 +72,8 @@ def prune_(
     """
     value = _checked(sparsity, scope, "prune_")
     weights, left_out = chosen(model_or_weights, exclude, "prune_")
-    return Plan.of(weights, [value], scope, left_out, "prune_").apply(0)
+    ranking = Ranking.of(weights, scope, "prune_", score=score, aux=aux, floor=floor, cap=cap)
+    return Plan.of(weights, [value], scope, left_out, "prune_", ranking).apply(0)
 
 
 def warn_of_emptied(names: Sequence[str], op: str, *, stacklevel: int) -> None:
@@ -143,6 +155,7 @@ class Plan:
     left_out: tuple[tuple[str, str], ...]
     zeros: np.ndarray  # int64 [L], before anything is written
     cuts: Cuts | None  # None for row and n:m, which select and write in one go
+    ranking: Ranking  # by magnitude, unless asked otherwise
 
     @classmethod
     def of(
@@ -152,18 +165,24 @@ class Plan:
         scope: str,
         left_out: tuple[tuple[str, str], ...],
         op: str,
+        ranking: Ranking | None = None,
     ) -> Plan:
         """Select at all sparsities in one scan; raise ValueError for NaN."""
         tensors = [w.param.detach() for w in weights]
+        ranking = ranking or Ranking()
+        labels = [w.label() for w in weights]
         cuts = None
         if scope in ("global", "layer") and sparsities:
-            cuts = select.path_for(tensors).find_cuts(tensors, select.keep_counts(tensors, sparsities, scope))
-        if cuts is not None and cuts.counts is not None:
-            zeros, bad = cuts.counts.zeros, cuts.bad
+            cuts = ranking.find_cuts(tensors, sparsities, scope, op)
+            select.raise_on_nan(cuts.bad, labels, op, ", nothing was written", score=ranking.name)
+        elif ranking.scored is not None:
+            ranking.check_lines(tensors, labels, op)
+        if cuts is not None and cuts.counts is not None and ranking.scored is None:
+            zeros = cuts.counts.zeros
         else:
             zeros, bad = select.survey(tensors)
-        select.raise_on_nan(bad, [w.label() for w in weights], op, ", nothing was written")
-        return cls(weights, sparsities, scope, left_out, zeros.cpu().numpy(), cuts)
+            select.raise_on_nan(bad, labels, op, ", nothing was written")
+        return cls(weights, sparsities, scope, left_out, zeros.cpu().numpy(), cuts, ranking)
 
     def apply(self, q: int) -> PruneRecord:
         """Write the q-th sparsity into the weights and return the record; warn where a layer loses everything."""
@@ -180,7 +199,7 @@ class Plan:
         """Prune every row, or every group of n:m, by itself."""
         notes = [""] * len(tensors)
         shapes = [torch.empty(t.shape, device="meta") for t in tensors]  # of whole weights, where they are sharded
-        select.apply_lines(self.weights, tensors, self.sparsities[q], self.scope)
+        self.ranking.apply_lines(self.weights, tensors, self.sparsities[q], self.scope)
         if self.scope == "row":
             views = row_views(self.weights, shapes)
             keep = row_counts(views, self.sparsities[q])
@@ -201,20 +220,30 @@ class Plan:
     def _write_cuts(self, tensors: list[Tensor], q: int) -> PruneRecord:
         """Prune at the cuts of the list or of every layer."""
         cuts = self.cuts.at(q)
-        counts = cuts.counts
-        select.path_for(tensors).apply(tensors, cuts)
         key, ties = cuts.key[:, 0].cpu().numpy(), cuts.ties[:, 0].cpu().numpy()
-        if counts is not None:
-            kept = counts.above[:, 0].cpu().numpy() + _share(ties, counts.tied[:, 0].cpu().numpy())
-            removed = np.array([w.param.numel() for w in self.weights]) - kept
+        numels = np.array([w.param.numel() for w in self.weights])
+        if cuts.counts is not None:
+            self.ranking.apply(tensors, cuts)
+            kept = cuts.counts.above[:, 0].cpu().numpy() + _share(ties, cuts.counts.tied[:, 0].cpu().numpy())
+            removed = numels - kept
             # Above a cut of zero everything stays: there the zeros are what they were.
             after = np.where(key == 0, self.zeros, removed)
+        elif self.ranking.scored is not None:  # which weights stay doesn't show in their zeros
+            masks = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
+            self.ranking.apply(tensors, cuts, masks)
+            for tensor, mask in zip(tensors, masks, strict=True):
+                tensor.masked_fill_(~mask, 0.0)
+            removed = numels - torch.stack([m.count_nonzero() for m in masks]).cpu().numpy()
         else:
+            self.ranking.apply(tensors, cuts)
             after = select.survey(tensors)[0].cpu().numpy()
             removed = np.where(key == 0, after - _share(ties, after), after)
+        if self.ranking.scored is not None:
+            after = select.survey(tensors)[0].cpu().numpy()
         thresholds = values_of(cuts.key[:, 0], cuts.dtype).tolist()
         thresholds *= len(tensors) // len(thresholds)
-        return self._record(q, removed.tolist(), after.tolist(), thresholds, [""] * len(tensors))
+        notes = [self.ranking.note(i, int(n)) for i, n in enumerate(numels - removed)]
+        return self._record(q, removed.tolist(), after.tolist(), thresholds, notes)
 
     def _record(
         self,
@@ -235,7 +264,7 @@ class Plan:
             pruned_now=sum(after) - int(self.zeros.sum()),
             zeros=sum(after),
             numel=sum(layer.numel for layer in layers),
-            threshold=thresholds[0] if self.scope == "global" else None,
+            threshold=thresholds[0] if self.scope == "global" and len(set(thresholds)) == 1 else None,
             per_layer=layers,
             left_out=self.left_out,
         )

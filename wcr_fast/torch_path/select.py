@@ -29,14 +29,16 @@ PAIRWISE = 16
 
 def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> Cuts:
     """Return the cuts that keep num_keep[s][q] weights: of the whole list (S = 1) or of every tensor (S = L)."""
-    dtype = comparison_dtype(t.dtype for t in tensors)
-    if len(num_keep) == 1:
-        found = [window_search(MemorySource(tensors), num_keep[0])]
-    else:
-        found = [window_search(MemorySource([t]), row) for t, row in zip(tensors, num_keep, strict=True)]
-        if any(t.dtype != dtype for t in tensors):
-            found = [in_dtype(f, t.dtype, dtype) for f, t in zip(found, tensors, strict=True)]
-    device = tensors[0].device
+    pools = [tensors] if len(num_keep) == 1 else [[t] for t in tensors]
+    sources = [MemorySource(pool) for pool in pools]
+    found = [window_search(source, keep) for source, keep in zip(sources, num_keep, strict=True)]
+    return cuts_of(found, [source.dtype for source in sources], tensors[0].device)
+
+
+def cuts_of(found: Sequence[Found], dtypes: Sequence[torch.dtype], device: torch.device) -> Cuts:
+    """Return what searches over a list or over each of its tensors found, their keys of these dtypes, as cuts."""
+    dtype = comparison_dtype(dtypes)
+    found = [f if own == dtype else in_dtype(f, own, dtype) for f, own in zip(found, dtypes, strict=True)]
 
     def stacked(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(f, name) for f in found])).to(device)

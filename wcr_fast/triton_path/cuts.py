@@ -19,6 +19,7 @@ from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.select import (
     CHUNKS_PER_SUM,
     CODES,
+    MAGNITUDE,
     PART,
     STATE_BINS,
     STATE_COLUMNS,
@@ -26,6 +27,7 @@ from wcr_fast.kernels.select import (
     STATE_KEY,
     STATE_SHIFT,
     STATE_TIES,
+    KeyFormula,
     codes_dtype,
     launch_code_ties,
     launch_codes,
@@ -38,12 +40,12 @@ from wcr_fast.kernels.select import (
     sample_bins,
     top_of,
 )
+from wcr_fast.score import Scored
 from wcr_fast.table import TensorTable, build_table, current_stream, group, keep_for_graph, on_device, upload
-from wcr_fast.torch_path.cuts import Cuts, comparison_dtype
+from wcr_fast.torch_path.cuts import Cuts, comparison_dtype, threshold_dtype
 from wcr_fast.torch_path.layout import is_dense
+from wcr_fast.triton_path.numbers import Numbers, columns_of, numbers_of
 
-# Of a table row where the key is the magnitude.
-NO_AUX = (0, 0, 0)
 # Below this many weights, passes over all of them take no longer than a sample and its window.
 SAMPLE_FROM = 1 << 20
 # Keys in a sample: of 32-bit keys as many as pin the window down to the bins of one histogram; of 16-bit keys, which
@@ -71,6 +73,7 @@ class _Search:
     max_bins: int
     sampled: bool
     warm: Tensor
+    formula: KeyFormula = MAGNITUDE
 
     @property
     def per_layer(self) -> bool:
@@ -99,6 +102,7 @@ class _Search:
                 num_lines=lines,
                 dtype=table.dtype,
                 key_dtype=self.dtype,
+                score=self.formula,
             )
         cuts = len(self.state)
         launch_window(
@@ -134,6 +138,7 @@ class _Search:
                     key_dtype=self.dtype,
                     per_layer=self.per_layer,
                     first=number == 0,
+                    score=self.formula,
                 )
             launch_resolve(self.state, hist, sums, counters, self.warm, key_dtype=self.dtype)
 
@@ -161,12 +166,17 @@ def chunk_order(tensors: Sequence[Tensor]) -> list[int]:
     return np.cumsum([0, *(-(-t.numel() // CHUNK) for t in tensors)]).tolist()
 
 
-def _tables(tensors: Sequence[Tensor], order: Sequence[int]) -> tuple[list[TensorTable], list[int]]:
+def _tables(
+    tensors: Sequence[Tensor], order: Sequence[int], numbers: Numbers | None
+) -> tuple[list[TensorTable], list[int]]:
     tables, numels = [], []
     for positions in group(tensors):
         listed = [tensors[i] for i in positions]
         before = np.cumsum([0, *(t.numel() for t in listed)]).tolist()
-        extra = [(b, order[i], *NO_AUX) for b, i in zip(before, positions, strict=False)]
+        extra = [
+            (b, order[i], *columns_of(numbers, i, tensors[i], in_memory=True))
+            for b, i in zip(before, positions, strict=False)
+        ]
         tables.append(build_table(listed, positions, CHUNK, extra=extra))
         numels.append(before[-1])
     return tables, numels
@@ -202,14 +212,16 @@ def _max_bins(dtype: torch.dtype, cuts: int, total: int) -> int:
     return 1 << min(max((max(total // 64, 1 << 18) // cuts).bit_length() - 1, low), high)
 
 
-def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> Cuts:
+def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]], scored: Scored | None = None) -> Cuts:
     """Return the cuts that keep ``num_keep[s][q]`` weights of segment s: the list (S = 1), or each tensor (S = L).
 
-    Order doesn't matter here, so dense tensors are read in memory order; tensors with gaps are copied first.
+    Order doesn't matter here, so dense tensors are read in memory order; tensors with gaps are copied first. By
+    magnitude, or by a score that has a kernel.
     """
     tensors = [in_any_order(t) for t in tensors]
     device = tensors[0].device
-    dtype = comparison_dtype(t.dtype for t in tensors)
+    numbers = None if scored is None else numbers_of(scored, tensors)
+    dtype = (comparison_dtype if scored is None else threshold_dtype)(t.dtype for t in tensors)
     wanted = tuple(map(tuple, num_keep))
     shape = len(wanted), len(wanted[0])
     cuts, total = shape[0] * shape[1], sum(t.numel() for t in tensors)
@@ -217,7 +229,7 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     sampled = shape[0] == 1 and total >= SAMPLE_FROM
     with on_device(device):
         order = chunk_order(tensors)
-        tables, numels = _tables(tensors, order)
+        tables, numels = _tables(tensors, order, numbers)
         start = _start(device, current_stream(device), dtype, wanted, max_bins, not sampled)
         keep_for_graph(device, start)
         bad = torch.zeros(len(tensors), dtype=torch.bool, device=device)
@@ -226,7 +238,8 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
         else:
             warm = torch.empty(2 * cuts, dtype=torch.int64, device=device)
         marks = bad.view(torch.uint8)
-        search = _Search(tables, numels, dtype, start.clone(), marks, shape[1], max_bins, sampled, warm)
+        formula = MAGNITUDE if numbers is None else numbers.formula
+        search = _Search(tables, numels, dtype, start.clone(), marks, shape[1], max_bins, sampled, warm, formula)
         ties = None
         if sampled:
             search.guess()

@@ -11,11 +11,13 @@ from wcr_fast.kernels._tile import LAYOUT_WIDTH, MAX_DIMS
 from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, groups_per_chunk, launch_mask, launch_nm, launch_ties
 from wcr_fast.kernels.rows import launch_rows
-from wcr_fast.kernels.select import launch_survey
+from wcr_fast.kernels.select import MAGNITUDE, launch_survey
+from wcr_fast.score import Scored
 from wcr_fast.table import TensorTable, build_table, group, on_device
 from wcr_fast.torch_path.cuts import Cuts
 from wcr_fast.torch_path.layout import is_dense
-from wcr_fast.triton_path.cuts import NO_AUX, chunk_order, find_cuts, in_any_order
+from wcr_fast.triton_path.cuts import chunk_order, find_cuts, in_any_order
+from wcr_fast.triton_path.numbers import Numbers, columns_of, numbers_of
 
 __all__ = ["apply", "apply_nm", "apply_rows", "find_cuts", "survey"]
 
@@ -56,7 +58,7 @@ def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _mask_tables(
-    tensors: Sequence[Tensor], order: Sequence[int], in_place: bool
+    tensors: Sequence[Tensor], order: Sequence[int], in_place: bool, numbers: Numbers | None
 ) -> tuple[list[TensorTable], list[TensorTable]]:
     """Return tables for a mask pass, and those of tensors whose chunks follow each other in another than logical order.
 
@@ -71,31 +73,41 @@ def _mask_tables(
             _layout((t.numel(),), (1,)) if loose[i] else row
             for i, t, row in zip(positions, listed, logical, strict=True)
         ]
-        extra = [(order[i], int(loose[i]), *row, *NO_AUX) for i, row in zip(positions, flat, strict=True)]
+        extra = [
+            (order[i], int(loose[i]), *row, *columns_of(numbers, i, tensors[i], in_memory=loose[i]))
+            for i, row in zip(positions, flat, strict=True)
+        ]
         tables.append(build_table(listed, positions, CHUNK, extra=extra))
         some = [k for k, i in enumerate(positions) if loose[i]]
         if some:
-            extra = [(order[positions[k]], 0, *logical[k], *NO_AUX) for k in some]
+            extra = [
+                (order[i], 0, *logical[k], *columns_of(numbers, i, tensors[i], in_memory=False))
+                for k, i in ((k, positions[k]) for k in some)
+            ]
             permuted.append(build_table([listed[k] for k in some], [positions[k] for k in some], CHUNK, extra=extra))
     return tables, permuted
 
 
-def apply(tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = None) -> None:
+def apply(
+    tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = None, scored: Scored | None = None
+) -> None:
     """Apply cuts (Q = 1): write +0.0 to what is removed, or keep masks (bool, contiguous) into ``out``.
 
-    Nothing is written in place when a tensor holds NaN.
+    Nothing is written in place when a tensor holds NaN. With scores, those that the cuts were found by.
     """
     tensors = [t.detach() for t in tensors]
     device = tensors[0].device
     order = chunk_order(tensors)
+    numbers = None if scored is None else numbers_of(scored, tensors)
     with on_device(device):
-        tables, permuted = _mask_tables(tensors, order, out is None)
+        tables, permuted = _mask_tables(tensors, order, out is None, numbers)
         key, quota = cuts.key.contiguous(), cuts.ties.contiguous()
         ties_before = torch.zeros(order[-1] + 1, dtype=torch.int64, device=device)
         known = cuts.chunk_ties is not None
         ties = cuts.chunk_ties[0] if known else torch.empty(order[-1], dtype=torch.int32, device=device)
         any_bad = cuts.bad.any().view(torch.uint8)
-        shared = {"key_dtype": cuts.dtype, "per_layer": key.shape[0] > 1}
+        formula = MAGNITUDE if numbers is None else numbers.formula
+        shared = {"key_dtype": cuts.dtype, "per_layer": key.shape[0] > 1, "score": formula}
 
         def mask(chosen: Sequence[TensorTable], what: int) -> None:
             for table in chosen:
