@@ -112,9 +112,8 @@ def every_placement():
         tensors = [VALUES[kind](*shape)] * len(layouts)
         for scope, sparsity in (("layer", 0.5), ("row", 0.5), ("2:4", None), ("2:3", None)):
             compare(tensors, layouts, scope, sparsity)
-        for i, layout in enumerate(
-            layouts if (kind, shape[0]) == ("ties", 6) else ()
-        ):  # the cut falls into the middle one
+        for i, layout in enumerate(layouts if (kind, shape[0]) == ("ties", 6) else ()):
+            # with the cut in any of the three
             compare(tensors[:3], [layouts[i - 1], layout, layouts[i - 2]], "global", 0.5)
 
 

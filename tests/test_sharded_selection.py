@@ -8,6 +8,8 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 
 import selection_checks as checks
 
+from benchmarks import sharded
+
 # Per call and process, whatever the weights.
 MOST_BYTES = 256_000
 
@@ -21,3 +23,10 @@ def test_ranks_select_as_one_process(ranks, tmp_path):
             if isinstance(found, str) or not all(sent <= MOST_BYTES for sent in found.values()):
                 faults.append(f"rank {rank}, {check}: {found}")
     assert not faults, "\n".join(faults)
+
+
+def test_the_benchmark_compares_and_counts(capfd):
+    assert sharded.main(["--list", "tiny", "--ranks", "2"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * 3 * 2 * 4  # dtypes, cuts, scopes, calls
+    assert not any("DIFFERS" in line for line in lines)
