@@ -63,6 +63,7 @@ def equal(found, want):
     assert found.ties == want.ties
     for name in ("above", "tied", "zeros", "bad"):
         assert np.array_equal(getattr(found, name), getattr(want, name)), name
+        assert getattr(found, name).dtype == getattr(want, name).dtype, name
 
 
 def check(tensors, num_keep, ranks):

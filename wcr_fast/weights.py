@@ -165,7 +165,7 @@ def choose(model: nn.Module, *, exclude: Exclude = (), trainable: bool = False, 
         exclude: glob patterns over parameter or module names, ``"re:..."`` for regular expressions (full
             match), module types, or functions of (name, parameter); one of them or several.
         trainable: also ask for ``requires_grad`` (penalties do, pruning doesn't).
-        sharded: take DTensors too (penalties do, pruning doesn't).
+        sharded: take DTensors too.
 
     Returns:
         The choice, in the order of ``model.named_parameters()``.

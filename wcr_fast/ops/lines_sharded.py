@@ -1,7 +1,7 @@
 """Rows and n:m groups of DTensors: selected where they lie if whole there, else by counts per row or group.
 
 A row is whole in one process unless the tensor is cut along its inputs. Of cut rows each process counts its own part:
-per round 8 bytes a row travel, in 31 rounds and more for float32, fewer where rows are few. Of n:m groups only those
+per round 4 bytes a row travel, in 31 rounds and more for float32, fewer where rows are few. Of n:m groups only those
 that a border cuts are treated like this.
 """
 
@@ -219,7 +219,7 @@ def _largest_of_lines(
         return np.stack([total(lambda rows, x: keys[rows] >= x, rows, x[:, [j]]) for j in range(x.shape[1])], axis=1)
 
     zeros, everyone = np.zeros(lines, np.int64), np.arange(lines)
-    cut, _ = yield from descend(reached, zeros, zeros + top, zeros + count, COUNTERS)
+    cut, _ = yield from descend(reached, zeros, zeros + top, zeros + count, COUNTERS, length)
     cut = cut.astype(keys.dtype)[:, None]
     above = total(lambda rows, cut: keys[rows] > cut, everyone, cut)
     tied = total(lambda rows, cut: keys[rows] == cut, everyone, cut)
@@ -234,5 +234,7 @@ def _largest_of_lines(
         return np.stack([total(flags, crowded[which], x[:, [j]]) for j in range(x.shape[1])], axis=1)
 
     last = zeros + span
-    last[crowded], _ = yield from descend(later, zeros[crowded], last[crowded], (tied - left + 1)[crowded], COUNTERS)
+    last[crowded], _ = yield from descend(
+        later, zeros[crowded], last[crowded], (tied - left + 1)[crowded], COUNTERS, length
+    )
     return (keys > cut) | ((keys == cut) & (places <= last[:, None]))

@@ -73,7 +73,7 @@ class Ranks:
             self.size, self.index = self.size * group.size(), self.index * group.size() + group.rank()
 
     def sum(self, counts: np.ndarray) -> np.ndarray:
-        """Return the sums of an int64 array over all processes, the same in each."""
+        """Return the sums of an int32 or int64 array over all processes, the same in each."""
         total = torch.from_numpy(counts.copy()).to(self._device)
         for group in self._groups:
             torch.distributed.all_reduce(total, group=group)

@@ -56,7 +56,8 @@ def pruning_curve(
 
     All cuts come from one scan of the dense weights. While it runs, the function holds one copy of the weights it
     prunes, and of all buffers. Weights, buffers and training flags are restored at the end, also when
-    ``evaluate`` raises; between points only as far as the next point needs.
+    ``evaluate`` raises; between points only as far as the next point needs. With sharded weights all processes call
+    it, and each keeps a copy of its shards.
 
     Args:
         model: the model, pruned in place for each point.

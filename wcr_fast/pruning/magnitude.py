@@ -20,7 +20,9 @@ def magnitude_threshold(weights: Weights, sparsity: float | Iterable[float], *, 
 
     Args:
         weights: a tensor, a module (its weights with two or more dimensions, without normalisation), or
-            tensors; float16, bfloat16, float32 or float64, mixed as you like, any layout.
+            tensors; float16, bfloat16, float32 or float64, mixed as you like, any layout. DTensors, too: then all
+            processes that hold them make the same call and get the same result, and plain tensors beside them
+            are taken for replicas.
         sparsity: the fraction removed, in [0, 1]; for Q of them (a list, any other iterable, a 1-d array or
             tensor) the result has a leading dimension Q, from one scan of the weights.
         scope: ``"global"`` for one pool, ``"layer"`` for each tensor by itself.
@@ -28,7 +30,7 @@ def magnitude_threshold(weights: Weights, sparsity: float | Iterable[float], *, 
     Returns:
         Threshold, 0-d or [L] ([Q] or [Q, L]), float32 (float64 when any weight is), on the first weight's
         device; inf where nothing is kept. NaN on CUDA when a weight is NaN: on the triton backend nothing waits
-        for the device.
+        for the device. Of sharded weights it is a plain tensor, and NaN raises on any device.
 
     Raises:
         TypeError: for anything but real floating-point weights, and for a sparsity that isn't a number.
@@ -65,7 +67,7 @@ def magnitude_masks(weights: Weights, sparsity: float | None, *, scope: str = "g
 
     Returns:
         One contiguous bool tensor per weight, with its shape and on its device; no sync with CUDA on the triton
-        backend.
+        backend. Of a DTensor a DTensor, cut alike.
 
     Raises:
         TypeError, ValueError: as :func:`magnitude_threshold`. On CUDA the masks of weights with NaN mean nothing.

@@ -178,12 +178,12 @@ class Masks:
         elif model is None:
             raise ValueError(f"{op}: masks without names need their model: from_masks(masks, model)")
         else:
-            named = _by_place(list(masks), as_weights(model, op=op, exclude=exclude), op)
+            named = _by_place(list(masks), as_weights(model, op=op, exclude=exclude, sharded=True), op)
         for name, mask in named.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"{op}: the mask of {name} must be a bool tensor (True = kept), got {got}")
-        made = cls({name: (bits.pack(mask), mask.shape) for name, mask in named.items()}, source=model)
+        made = cls({name: (_packed(mask), mask.shape) for name, mask in named.items()}, source=model)
         if model is not None:
             made._find(model, op)
         return made

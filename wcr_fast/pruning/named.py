@@ -51,7 +51,11 @@ def find(target: Named, names: Sequence[str], op: str) -> dict[str, Weight]:
         found = {name: weight for name in names if (weight := _parameter(target, name)) is not None}
         known = [name for name, _ in target.named_parameters()]
     else:
-        tensors = target if isinstance(target, Mapping) else {w.name: w.param for w in as_weights(target, op=op)}
+        tensors = (
+            target
+            if isinstance(target, Mapping)
+            else {w.name: w.param for w in as_weights(target, op=op, sharded=True)}
+        )
         found = {name: Weight(name, tensors[name], (name,)) for name in names if name in tensors}
         known = list(tensors)
     missing = [name for name in names if name not in found]

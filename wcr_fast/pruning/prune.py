@@ -39,6 +39,7 @@ def prune_(
 
     Of N weights exactly round(sparsity * N) go, zeros first, so pruning twice at 0.5 stays at 0.5. Ties are
     broken as in :func:`wcr_fast.magnitude_masks`. Names, ``state_dict`` keys, storage and hooks stay as they are.
+    Of DTensors every process writes its shards; the record is that of the whole weights.
 
     Args:
         model_or_weights: a module (its weights with two or more dimensions, frozen ones too, without
@@ -59,7 +60,8 @@ def prune_(
     Raises:
         ValueError: before anything is written: NaN (naming the parameter), nothing to prune, the same or
             overlapping tensors, a pattern that matches nothing, a wrong sparsity or scope. TypeError: for
-            weights that aren't real floating-point tensors.
+            weights that aren't real floating-point tensors. RuntimeError: for an error in another process, where
+            weights are sharded.
 
     Warns:
         UserWarning: when a layer loses all its weights.

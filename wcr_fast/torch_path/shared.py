@@ -28,7 +28,8 @@ from wcr_fast.torch_path.window import (
 from wcr_fast.torch_path.window import COUNTERS as BIN_COUNTERS
 
 T = TypeVar("T")
-#: Yields this process's counts (int64, 1-d), is sent their sums over all processes, returns a T.
+#: Yields this process's counts (1-d, int32 where no sum can exceed it, else int64), is sent their sums over all
+#: processes, returns a T.
 Sums = Generator[np.ndarray, np.ndarray, T]
 
 # Counters of one round of all searches together: 4 kB. Fewer make more rounds of fewer bytes in all.
@@ -38,6 +39,8 @@ NARROW = 32
 # The sample's quantiles need not be known to the last bit: 1/256 of a binade, or all where that leaves too many keys.
 FINE = 8
 MANTISSA = {0x7C00: 10, 0x7F80: 7, 0x7F80_0000: 23, 0x7FF0_0000_0000_0000: 52}  # by infinity's key
+# Variances of the sample travel in this unit: as small as counts.
+SPREAD = 64
 # Each sweep at least halves a window of 64-bit keys; one that was missed or overflowed costs two more.
 SWEEPS = 72
 
@@ -47,7 +50,8 @@ def together(searches: Sequence[Sums[T]], add: Callable[[np.ndarray], np.ndarray
 
     Args:
         searches: the same ones in the same order in every process.
-        add: takes int64 counts, 1-d, and returns their sums over all processes, equal in all of them; a collective.
+        add: takes int32 or int64 counts, 1-d, and returns their sums over all processes, equal in all of them: a
+            collective.
 
     Returns:
         What the searches return, in their order.
@@ -75,6 +79,7 @@ def descend(
     hi: np.ndarray,
     target: np.ndarray,
     counters: int,
+    most: int,
     until: int = 1,
 ) -> Sums[tuple[np.ndarray, np.ndarray]]:
     """Find where counts that fall with x pass their targets, in steps that cut all intervals into equal parts.
@@ -85,6 +90,7 @@ def descend(
         hi: int64 [T], above lo; not to be reached.
         target: [T].
         counters: about how many counts a round may send.
+        most: no summed count is larger.
         until: width of an interval that needs no more cutting.
 
     Returns:
@@ -97,7 +103,7 @@ def descend(
         places = lo[which, None] + step[:, None] * np.arange(1, ways)
         valid = places < hi[which, None]
         mine = count(which, np.minimum(places, hi[which, None] - 1))
-        sums = (yield mine.reshape(-1).astype(np.int64, copy=False)).reshape(mine.shape)
+        sums = (yield mine.reshape(-1).astype(_integer(most), copy=False)).reshape(mine.shape)
         lo[which] += step * ((sums >= target[which, None]) & valid).sum(axis=1)
         hi[which] = np.minimum(hi[which], lo[which] + step)
     return lo, hi
@@ -153,7 +159,7 @@ class _Shared:
 
     def __init__(self, source: KeySource, num_keep: Sequence[int], total: int, counters: int) -> None:
         self.source, self.num_keep, self.total = source, list(num_keep), total
-        self.counters = max(1, counters)
+        self.counters, self.integer = max(1, counters), _integer(total)
         self.top = INF_KEYS[source.dtype] + 1
         self.tensors = len(source.numels)
         self.capacity = SAMPLE_MIN + min(total // 64, COLLECT_MAX)
@@ -177,10 +183,9 @@ class _Shared:
                 break
         else:
             raise RuntimeError("the counts of two sweeps contradict each other: did the weights change meanwhile?")
-        above, tied, zeros, bad = np.split(
-            (yield np.concatenate([self.above.reshape(-1), self.tied.reshape(-1), zeros, bad.astype(np.int64)])),
-            np.cumsum([self.above.size, self.tied.size, self.tensors]),
-        )
+        mine = np.concatenate([self.above.reshape(-1), self.tied.reshape(-1), zeros, bad])
+        sums = (yield mine.astype(self.integer)).astype(np.int64)
+        above, tied, zeros, bad = np.split(sums, np.cumsum([self.above.size, self.tied.size, self.tensors]))
         above, tied = above.reshape(self.above.shape), tied.reshape(self.tied.shape)
         ties = [keep - int(n) if keep else 0 for keep, n in zip(self.num_keep, above.sum(axis=0), strict=True)]
         return Found(self.key, ties, above, tied, zeros, bad > 0)
@@ -199,7 +204,7 @@ class _Shared:
 
     def _checked(self, *counts: Sequence[int]) -> Sums[np.ndarray]:
         """Return sums; raise in all processes where one has failed."""
-        sums = yield np.concatenate([*counts, [self.error is not None]]).astype(np.int64)
+        sums = yield np.concatenate([*counts, [self.error is not None]]).astype(self.integer)
         if self.error is not None:
             raise self.error
         if sums[-1]:
@@ -221,8 +226,8 @@ class _Shared:
         if ranked.size:
             places = np.clip(ranked.size - np.rint(shares * ranked.size), 0, ranked.size - 1).astype(np.int64)
             spread = np.array([sample_variance(lines, key) for key in ranked[places]])
-        size, *spread = yield from self._checked([ranked.size], np.ceil(spread))
-        margin = np.ceil(MARGIN * np.sqrt(spread) + 3 * MARGIN)
+        size, *spread = yield from self._checked([ranked.size], np.ceil(spread / SPREAD))
+        margin = np.ceil(MARGIN * np.sqrt(SPREAD * np.array(spread)) + 3 * MARGIN)
         rank = np.clip(np.rint(shares * size), 1, size)
         lo, hi, share = yield from self._spans(ranked, np.concatenate([rank + margin, rank - margin]), int(size))
         # Overlapping windows become one, so that no key is collected twice.
@@ -251,8 +256,9 @@ class _Shared:
 
         lo, hi = np.zeros(2 * half, np.int64), np.full(2 * half, self.top, np.int64)
         for until in (1 << max(MANTISSA[self.top - 1] - FINE, 0), 1):
-            lo, hi = yield from descend(count, lo, hi, target, self.counters, until)
-            share = (yield _at_least(ranked, lo[:half]) - _at_least(ranked, hi[half:])) / max(size, 1)
+            lo, hi = yield from descend(count, lo, hi, target, self.counters, self.total, until)
+            inside = _at_least(ranked, lo[:half]) - _at_least(ranked, hi[half:])
+            share = (yield inside.astype(self.integer)) / max(size, 1)
             if share.sum() * self.total <= self.capacity:
                 break
         return lo[:half], hi[half:], share
@@ -301,7 +307,7 @@ class _Shared:
         for i, _ in binned:
             if windows[i].bins == 1:
                 tally.bins[i][:, 0] = tally.inside[i]
-        sums = yield np.concatenate([tally.bins[i].sum(axis=0) for i, _ in binned])
+        sums = yield np.concatenate([tally.bins[i].sum(axis=0) for i, _ in binned]).astype(self.integer)
         narrower: list[Window] = []
         for (i, ranks), totals in zip(
             binned, np.split(sums, np.cumsum([windows[i].bins for i, _ in binned])[:-1]), strict=True
@@ -334,7 +340,7 @@ class _Shared:
         lo = np.array([windows[i].lo for i, _ in wanted])
         hi = np.array([windows[i].hi for i, _ in wanted])
         target = np.array([self.num_keep[q] - above[i] for i, q in wanted])
-        cuts, _ = yield from descend(count, lo, hi, target, self.counters)
+        cuts, _ = yield from descend(count, lo, hi, target, self.counters, self.total)
         for (i, q), cut in zip(wanted, cuts.tolist(), strict=True):
             window = held[i]
             greater = tally.above[i] + window.per_tensor(window.keys > cut, self.tensors)
@@ -343,6 +349,11 @@ class _Shared:
     def _settle(self, q: int, key: int, above: np.ndarray, tied: np.ndarray) -> None:
         self.key[q] = key
         self.above[:, q], self.tied[:, q] = above, tied
+
+
+def _integer(most: int) -> type[np.signedinteger]:
+    """Return the smallest dtype for counts up to this one."""
+    return np.int32 if most < 1 << 31 else np.int64
 
 
 def _at_least(ranked: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -74,5 +74,5 @@ class Ties:
             return self.from_place(places.reshape(-1)).reshape(places.shape) * owned
 
         ends = np.array([0]), np.array([max(math.prod(self.shape), 1)])
-        last, _ = yield from descend(count, *ends, np.array([tied - left + 1]), counters)
+        last, _ = yield from descend(count, *ends, np.array([tied - left + 1]), counters, tied)
         return self.count - int(self.from_place(last + 1)[0])
