@@ -28,7 +28,7 @@ from ._tile import (
     strided_offsets,
 )
 from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
-from .select import MAGNITUDE, KeyFormula
+from .select import MAGNITUDE, KeyFormula, score_forms
 
 _CHUNK = tl.constexpr(CHUNK)
 _ELEMENTS = tl.constexpr(ELEMENTS)
@@ -156,7 +156,8 @@ def _mask_full_chunk(
     for i in range(_CHUNK // BLOCK):
         offs = i * BLOCK + lanes
         x = tl.load(ptr + offs)
-        key = keys_at(x, aux_ptr, start, offs, start + offs, None, KEY_BITS, SCORE, KIND, AUX_DTYPE, True)
+        everywhere = tl.full((BLOCK,), True, tl.int1)
+        key = keys_at(x, aux_ptr, start, offs, start + offs, everywhere, KEY_BITS, SCORE, KIND, AUX_DTYPE, True)
         if COUNTED:
             ties += (key == cut.to(key.dtype)).to(tl.int32)
         _write(out_ptr, offs, x, key >= lowest.to(key.dtype), None, TO_MASK)
@@ -477,6 +478,21 @@ def variants() -> list[Variant]:
                         bytes_per_element=dtype.itemsize + (1 if to_mask else dtype.itemsize),
                     )
                 )
+    for dtype in (torch.float32, torch.bfloat16):
+        for label, formula, numbers in score_forms(dtype):
+            constants = _mask_constants(dtype, torch.float32, False, formula)
+            listed.append(
+                Variant(
+                    _mask_kernel,
+                    f"{dtype} {label}".replace("torch.", ""),
+                    mask,
+                    {**constants, "TO_MASK": False, "PASS": COUNT},
+                    config("mask", torch.float32).warps,
+                    streams=1 + numbers,
+                    essential=dtype == torch.float32,
+                    bytes_per_element=(2 + numbers) * dtype.itemsize,
+                )
+            )
     for dtype in TRITON_DTYPES:
         chosen = config("nm", dtype)
         for n, m in ((2, 4), (1, 4), (2, 3), (4, 8), (8, 16)):

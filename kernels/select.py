@@ -25,8 +25,10 @@ from torch import Tensor
 
 from ._tile import (
     AUX_WIDTH,
+    COLUMNS,
     ELEMENTS,
     INTERPRETED,
+    LAYER,
     NOTHING,
     ROW_ADDRESS,
     ROW_EXTRA,
@@ -40,6 +42,7 @@ from ._tile import (
     magnitude_key,
 )
 from .launch import CHUNK, OPTIONS, TRITON_DTYPES, Variant, config, launch
+from .scores import product, scaled
 
 # The key of infinity; what lies above is NaN. The torch path has its own copy in wcr_fast.torch_path.cuts: kernels
 # import nothing from the package, and that path imports nothing that needs Triton.
@@ -916,7 +919,37 @@ def launch_survey(rows: Tensor, block_to_tensor: Tensor, zeros: Tensor, bad: Ten
 
 def variants() -> list[Variant]:
     """Return the forms of this module's kernels that the code generation check compiles."""
-    return [*_pass_variants(), *_resolve_variants(), *_survey_variants()]
+    return [*_pass_variants(), *_score_variants(), *_resolve_variants(), *_survey_variants()]
+
+
+def score_forms(dtype: torch.dtype) -> list[tuple[str, KeyFormula, int]]:
+    """Return the scores whose kernels the code generation check compiles: label, formula, and numbers per weight."""
+    return [
+        ("gradient", KeyFormula(product, ELEMENTS, dtype), 1),
+        ("wanda", KeyFormula(scaled, COLUMNS, torch.float32), 0),
+        ("normalised", KeyFormula(scaled, LAYER, torch.float32), 0),
+    ]
+
+
+def _score_variants() -> list[Variant]:
+    signature = {**_TABLES, **_STATE, "hist_ptr": "*i32", "bad_ptr": "*u8", "num_queries": "i32", "max_bins": "i32"}
+    listed = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for label, formula, numbers in score_forms(dtype):
+            listed.append(
+                Variant(
+                    _fine_kernel,
+                    f"{dtype} {label}".replace("torch.", ""),
+                    signature,
+                    _pass_constants(dtype, torch.float32, False, True, False, counting("cuda"), formula),
+                    config("fine", dtype).warps,
+                    streams=1 + numbers,
+                    bytes_per_element=(1 + numbers) * dtype.itemsize,
+                    options=config("fine", dtype).options(),
+                    backend="cuda",
+                )
+            )
+    return listed
 
 
 _TABLES = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}

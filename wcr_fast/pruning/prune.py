@@ -50,7 +50,7 @@ def prune_(
         exclude: what to leave out of a module: name patterns, module types or functions.
         score: by what weights are ranked, and ``aux`` what that needs: see :func:`wcr_fast.score_masks`.
         floor: for scope ``"global"``: the share of each layer that stays at least, one number, or by name pattern (the
-            first match counts); above 0 a layer keeps one weight. The total stays exact, masks nested as sparsity grows.
+            first match counts); above 0 a layer keeps one weight. The total is exact, masks nested as sparsity grows.
         cap: the share of each layer that stays at most.
 
     Returns:
