@@ -46,7 +46,6 @@ THRESHOLDS: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
 }
 #: way -> where the ``keep`` largest magnitudes (1-d) are, as bool
 LARGEST: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "topk": lambda x, keep: _marked(x, x.topk(keep).indices),
     "topk unsorted": lambda x, keep: _marked(x, x.topk(keep, sorted=False).indices),
     "sort": lambda x, keep: _marked(x, x.argsort(descending=True, stable=True)[:keep]),
     "kthvalue": lambda x, keep: x >= x.kthvalue(x.numel() - keep + 1).values,  # keeps all ties
@@ -78,7 +77,7 @@ def prune_(way: str, weights: Sequence[Tensor], keep: int) -> Sequence[Tensor]:
 
 #: way -> the indices of the n largest in every line of magnitudes
 GROUPS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "topk": lambda x, n: x.topk(n, dim=1, sorted=False).indices,
+    "topk unsorted": lambda x, n: x.topk(n, dim=1, sorted=False).indices,
     "sort": lambda x, n: x.argsort(dim=1, descending=True)[:, :n],
 }
 

@@ -26,7 +26,7 @@ def check_threshold(weights: Sequence[Tensor], found: Tensor, keep: int) -> None
             larger, reached = larger + (magnitude > limit).sum(), reached + (magnitude >= limit).sum()
     if not int(larger) < keep <= int(reached):
         raise WrongResult(
-            f"the threshold {float(limit):.9g} is not the {keep}th largest: {larger} are larger, {reached} reach it"
+            f"{float(limit):.9g} is not the magnitude of rank {keep}: {larger} are larger, {reached} reach it"
         )
 
 

@@ -55,23 +55,24 @@ def plan(device: Device, *, quick: bool) -> list[tuple[str, Data]]:
     """Return (op, data) of every case; what must not be missing when time runs out comes first."""
     if device.name == "cpu" or quick:
         name = "tiny" if device.name == "cpu" and quick else "resnet18"
-        first, ties = Data(name), Data(name, ties=True)
-        narrow = Data(name, torch.bfloat16)
-        found = [("prune", first), ("threshold", first), ("masks", first), ("prune", ties), ("threshold", ties)]
-        found += [("2:4", first), ("ten thresholds", first), ("layer thresholds", first), ("layer masks", first)]
-        found += [(op, narrow) for op in ("prune", "threshold", "2:4")]
-        shares = () if quick else SCHEDULED
-        return found + [(op, first._replace(sparsity=s)) for s in shares for op in ("prune", "threshold")]
+        first, ties, narrow = Data(name), Data(name, ties=True), Data(name, torch.bfloat16)
+        found = [(op, first) for op in ("prune", "threshold", "masks", "2:4")] + [("prune", ties), ("prune", narrow)]
+        found += [(op, first) for op in ("ten thresholds", "layer thresholds", "layer masks")]
+        if quick:
+            return found
+        found += [("threshold", ties), ("threshold", narrow), ("2:4", narrow)]
+        return found + [(op, first._replace(sparsity=s)) for s in SCHEDULED for op in ("prune", "threshold")]
     nets = [Data("resnet50"), Data("llama_7b", torch.bfloat16), Data("gpt2"), Data("llama_1b", torch.bfloat16)]
     nets.append(Data("resnet18"))
     some, large = Data("resnet50"), Data("llama_1b", torch.bfloat16)
     listed = list(itertools.product(("prune", "threshold"), nets))
     listed += [("2:4", net) for net in nets[:4]] + [("masks", net) for net in nets[:4]]
-    ties = [Data("gpt2", dtype, ties=True) for dtype in (torch.float32, torch.bfloat16)]
-    shares = [Data("gpt2", sparsity=s) for s in SCHEDULED]
-    listed += list(itertools.product(("prune", "threshold"), ties + shares))
-    listed += itertools.product(("ten thresholds", "layer thresholds", "layer masks"), (some, large))
-    narrow = [Data(net, torch.bfloat16) for net in ("gpt2", "resnet50", "resnet18")]
+    listed += [(op, Data("gpt2", ties=True)) for op in ("prune", "threshold")]
+    listed.append(("prune", Data("gpt2", torch.bfloat16, ties=True)))
+    listed += [("prune", Data("gpt2", sparsity=s)) for s in SCHEDULED]
+    listed += itertools.product(("ten thresholds", "layer thresholds"), (some, large))
+    listed.append(("layer masks", some))
+    narrow = [Data(net, torch.bfloat16) for net in ("gpt2", "resnet50")]
     return listed + list(itertools.product(("prune", "threshold"), narrow))
 
 
@@ -128,9 +129,12 @@ class Ways:
         return [num_keep(self.data.sparsity, numel) for numel in self.layers]
 
     def ranked(self) -> list[str]:
-        """Return the rivals' ways of ranking, without those that would take seconds."""
-        slow = self.device.name == "cuda" and self.count > KTHVALUE_MAX
-        return [way for way in rivals.ways(self.device.name) if not (slow and way == "kthvalue")]
+        """Return the rivals' ways of ranking, without those that would take most of the time."""
+        cuda = self.device.name == "cuda"
+        left_out = {"kthvalue"} if cuda and self.count > KTHVALUE_MAX else set()
+        if not cuda and self.data != Data(self.data.list):
+            left_out.add("sort")  # by far the slowest on the CPU
+        return [way for way in rivals.ways(self.device.name) if way not in left_out]
 
     def threshold(self) -> list[Side]:
         """Return the ways to find one threshold: weights are read once."""
@@ -224,7 +228,7 @@ class Ways:
             self.side("ours, no record", no_record, in_order, ours=True, **how),
             self.side("global_unstructured", unstructured, check, bind=rivals.Holder, fresh=True, extra=extra, **how),
         ]
-        for way in ("topk", "sort", *["kthvalue"] * ("kthvalue" in self.ranked())):
+        for way in (way for way in self.ranked() if way in rivals.LARGEST):
             sides.append(self.side(way, rival(way), check, extra=self.extra(way) + 1, **how))
         return sides + self.in_graph("ours, no record", no_record, in_order, **how)
 
