@@ -19,12 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import prune as torch_prune
+from torch import Tensor
 
 import wcr_fast
 from benchmarks.harness import Cpu, WrongResult
 from benchmarks.rivals import EPS, R, eager_penalty
+from benchmarks.rivals_select import Holder, global_unstructured
 from benchmarks.shapes import make, resnet, resnet18, small_tensors
 from benchmarks.suites.optimizer_step import Ways
 from benchmarks.timing import interleaved
@@ -85,18 +85,6 @@ def step_rows(kind: str, shapes: list[tuple[int, ...]], *, rounds: int) -> dict[
     return interleaved(calls, rounds=rounds)
 
 
-class Holder(nn.Module):
-    """Weights as modules with a ``weight`` each: the form that torch's pruning asks for."""
-
-    def __init__(self, weights: list[Tensor]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for w in weights:
-            layer = nn.Module()
-            layer.weight = nn.Parameter(w)
-            self.layers.append(layer)
-
-
 def prune_rows(shapes: list[tuple[int, ...]], *, sparsity: float, rounds: int) -> dict[str, float]:
     dense = make(shapes)
     want = reference_selection.masks(dense, sparsity, "global")
@@ -114,8 +102,7 @@ def prune_rows(shapes: list[tuple[int, ...]], *, sparsity: float, rounds: int) -
         held[:] = [Holder([w.clone() for w in dense])]
 
     def rival() -> None:
-        parameters = [(layer, "weight") for layer in held[0].layers]
-        torch_prune.global_unstructured(parameters, pruning_method=torch_prune.L1Unstructured, amount=sparsity)
+        global_unstructured(held[0], sparsity)
 
     fresh(), rival()
     check("torch's pruning", all(torch.equal(k.weight != 0, m) for k, m in zip(held[0].layers, want, strict=True)))

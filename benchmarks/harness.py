@@ -25,13 +25,14 @@ A record is one JSON object per suite:
       bytes       the least that the op must move; null for a training step
       gbps        bytes over the median device time
       copy_share  gbps over the measured copy's
-      peak_bytes  device memory above what was there before the call; null on the CPU
+      peak_bytes  memory above what was there before the call: the device's; on the CPU resident (null: not known)
       launch_bound  whether the host takes longer than the device; null on the CPU
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import itertools
@@ -60,10 +61,20 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Subject:
-    """A side ready to run: ``call(copy)`` does the op once, ``verify()`` raises WrongResult if it does it wrong."""
+    """A side ready to run: ``call(copy)`` does the op once, ``verify()`` raises WrongResult if it does it wrong.
+
+    ``prepare(copy)``, if there is one, comes before each call and is never timed.
+    """
 
     call: Callable[[int], object]
     verify: Callable[[], None]
+    prepare: Callable[[int], object] | None = None
+
+    def ready(self, copy: int) -> Callable[[], object]:
+        """Return the call on a copy that is ready for it."""
+        if self.prepare is not None:
+            self.prepare(copy)
+        return lambda: self.call(copy)
 
 
 @dataclass(frozen=True)
@@ -114,8 +125,11 @@ class Cpu:
         return 4 << 30
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Return how far resident memory rises above what was there; None where the system can't tell (not Linux)."""
+        gc.collect()
+        before = _watched_memory()
         call()
-        return None
+        return None if before is None else max(0, _memory("VmHWM") - before)
 
     def times(self, calls: Iterator[Callable[[], object]]) -> Times:
         call = next(calls)
@@ -207,6 +221,24 @@ class Cuda:
         return f"GPU-{uuid}" if uuid is not None else str(self.torch_device.index)
 
 
+def _memory(field: str) -> int:
+    """Return a line of the process's memory status, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+
+def _watched_memory() -> int | None:
+    """Return the resident memory, its peak started anew; None where there is no such thing."""
+    with contextlib.suppress(OSError, AttributeError):  # what malloc kept of earlier calls would be reused unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        now = _memory("VmRSS")
+        return now if _memory("VmHWM") < now + (4 << 20) else None
+    except OSError:
+        return None
+
+
 Device = Cpu | Cuda
 
 
@@ -289,9 +321,9 @@ def run_case(case: Case, device: Device, budget: Budget) -> list[Row]:
                 continue
             with _recording(row):
                 subject = side.build(copies)
-                subject.call(0)
+                subject.ready(0)()
                 subject.verify()
-                row["peak_bytes"] = device.peak_bytes(lambda subject=subject: subject.call(0))
+                row["peak_bytes"] = device.peak_bytes(subject.ready(0))
                 subjects[side.name] = subject
             subject = None
             if row["status"] != "timed":
@@ -380,7 +412,7 @@ def _time(subjects: dict[str, Subject], rows: dict[str, Row], device: Device, bu
 
 def _rotation(subject: Subject, copies: int) -> Iterator[Callable[[], object]]:
     for i in itertools.cycle(range(copies)):
-        yield lambda i=i: subject.call(i)
+        yield subject.ready(i)
 
 
 def _fill(row: Row, times: list[Times]) -> None:
@@ -454,7 +486,7 @@ def dump(record: Row) -> str:
 
 def line_of(row: Row) -> str:
     """Return a row as one line for the terminal."""
-    head = f"{row['list']:9} {row['dtype']:9} {row['op']:10} {row['side']:28}"
+    head = f"{row['list']:9} {row['dtype']:9} {row['op']:16} {row['side']:28}"
     if row["status"] != "timed":
         return f"{head} {row['status']}: {row['why']}"
     low, median, high = row["device_ms"]

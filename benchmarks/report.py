@@ -1,7 +1,7 @@
 """Records -> the README's tables and plots: ``python -m benchmarks.report RECORDS... [--out DIR] [--readme FILE]``.
 
-Prints the tables, or writes them between the README's markers; plots go to --out (they need the demo extra). Records of
-different machines, versions or commits are refused: report each for itself.
+Prints the tables (--ratios: short ones), or writes them between the README's markers; plots go to --out (they need the
+demo extra). Records of different machines, versions or commits are refused: report each for itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import SCHEMA, Row
+from benchmarks.shapes import LISTS
 from wcr_fast.errors import MissingExtra, UsageError, require
 from wcr_fast.report.figures import STYLES
 from wcr_fast.report.files import write_file
@@ -28,6 +29,7 @@ TITLES = {
     "penalty": "The penalty's gradient added to `.grad`, and the moments alone",
     "optimizer_step": "One optimizer step over all parameters",
     "train_step": "A whole training step on random data",
+    "select_mask": "Magnitude selection: pruning in place, thresholds, masks",
 }
 Record = dict[str, Any]
 
@@ -96,7 +98,8 @@ def cell(row: Row | None) -> str:
         return ""
     if row["status"] != "timed":
         return "out of memory" if row["why"] == "out of memory" else row["status"]
-    text = f"{row['device_ms'][1]:.3g}"
+    median = row["device_ms"][1]
+    text = f"{median:.3g}" if median < 1000 else f"{median:,.0f}"
     if row["launch_bound"]:
         text += f" (host {row['host_ms'][1]:.3g})"
     if row["copy_share"] is not None:
@@ -137,6 +140,12 @@ def markdown(records: Sequence[Record]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def short(records: Sequence[Record]) -> str:
+    """Return the ratios' tables with their caption."""
+    tables = [part for record in records for part in (f"**{TITLES[record['suite']]}**", ratios(record))]
+    return "\n\n".join([caption(records), *tables]) + "\n"
+
+
 def _trouble(row: Row) -> str | None:
     """Return the line of a side without a figure, where its cell doesn't say why."""
     if row["status"] == "timed" or row["why"] == "out of memory":
@@ -160,15 +169,25 @@ def put_between(text: str, tables: str) -> str:
 # Figures ---------------------------------------------------------------------------------------------------------
 
 
-#: what the first figure shows: (op, side); torch's beside ours
-DRAWN = (
-    ("moments", "layer_moments"),
-    ("gradient", "add_grad_"),
-    ("SGD", "ours, penalty"),
-    ("AdamW", "ours, penalty"),
-    ("SGD", "torch fused"),
-    ("AdamW", "torch fused"),
-)
+#: figure of bandwidths -> what it shows: (op, side)
+DRAWN = {
+    "bandwidth.png": (
+        ("moments", "layer_moments"),
+        ("gradient", "add_grad_"),
+        ("SGD", "ours, penalty"),
+        ("AdamW", "ours, penalty"),
+        ("SGD", "torch fused"),
+        ("AdamW", "torch fused"),
+    ),
+    "bandwidth_selection.png": (
+        ("threshold", "ours"),
+        ("prune", "ours, no record"),
+        ("masks", "ours"),
+        ("2:4", "ours, no record"),
+        ("threshold", "topk unsorted"),
+        ("prune", "global_unstructured"),
+    ),
+}
 #: suite -> pairs (our side, the rival that it is compared with)
 RIVALRIES = {
     "penalty": (
@@ -187,19 +206,56 @@ RIVALRIES = {
         ("ours, penalty", "no penalty, torch fused"),
         ("ours, penalty", "torch fused, eager penalty"),
     ),
+    "select_mask": (
+        ("ours", "global_unstructured"),
+        ("ours", "topk unsorted"),
+        ("ours", "kthvalue"),
+        ("ours", "sort"),
+        ("ours", "partition"),
+    ),
 }
-TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+
+
+def rivalries(record: Record) -> dict[tuple[str, str, str], list[tuple[Row, Row]]]:
+    """Return (op, list, dtype) -> the rows of our sides and of the rivals that they're compared with."""
+    found: dict[tuple[str, str, str], list[tuple[Row, Row]]] = {}
+    for case, rows in cases_of(record).items():
+        timed = {row["side"]: row for row in rows if row["status"] == "timed"}
+        pairs = [pair for pair in RIVALRIES[record["suite"]] if set(pair) <= set(timed)]
+        if pairs:
+            found[case] = [(timed[ours], timed[rival]) for ours, rival in pairs]
+    return found
+
+
+def _factor(ours: Row, rival: Row) -> float:
+    return rival["device_ms"][1] / ours["device_ms"][1]
 
 
 def speedups(record: Record) -> dict[str, dict[tuple[str, str], float]]:
     """Return case -> (our side, rival) -> how many times as fast ours is, losses included."""
-    found: dict[str, dict[tuple[str, str], float]] = {}
-    for (op, name, dtype), rows in cases_of(record).items():
-        timed = {row["side"]: row["device_ms"][1] for row in rows if row["status"] == "timed"}
-        pairs = [pair for pair in RIVALRIES[record["suite"]] if set(pair) <= set(timed)]
-        if pairs:
-            found[f"{name} {dtype}, {op}"] = {(ours, rival): timed[rival] / timed[ours] for ours, rival in pairs}
-    return found
+    return {
+        f"{name} {dtype}, {op}": {(ours["side"], rival["side"]): _factor(ours, rival) for ours, rival in pairs}
+        for (op, name, dtype), pairs in rivalries(record).items()
+    }
+
+
+def ratios(record: Record) -> str:
+    """Return a table of what is compared with what, case by case: the ratio of times, and the memory both take."""
+    lines = ["| what | against | ratio | extra memory, ours and theirs |", "| --- | --- | --- | --- |"]
+    for (op, name, dtype), pairs in rivalries(record).items():
+        first = f"{op}, {name}, {dtype}"
+        for ours, rival in pairs:
+            factor = _factor(ours, rival)
+            ratio = f"{factor:.3g} times faster" if factor >= 1 else f"{1 / factor:.3g} times as long"
+            side = "" if ours["side"] == "ours" else f" ({ours['side']})"
+            lines.append(f"| {first}{side} | {rival['side']} | {ratio} | {_memory(ours)}, {_memory(rival)} |")
+            first = ""
+    return "\n".join(lines)
+
+
+def _memory(row: Row) -> str:
+    return "not known" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f} MB"
 
 
 def _figure(columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
@@ -220,11 +276,14 @@ def _where(records: Sequence[Record]) -> str:
     return f"{where}, torch {machine['torch']}, {records[0]['date']}{quick}"
 
 
-def bandwidth_figure(records: Sequence[Record]) -> bytes | None:
-    """Draw GB/s against the number of values, a panel for each dtype, under the measured copy; None without any."""
+def bandwidth_figure(records: Sequence[Record], shown: Sequence[tuple[str, str]]) -> bytes | None:
+    """Draw GB/s against the number of values, a panel for each dtype, under the measured copy; None without any.
+
+    Of a suite that varies the values, only those of the plain lists are shown.
+    """
     lines: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
     for row in (row for record in records for row in record["rows"]):
-        if (row["op"], row["side"]) in DRAWN and row["gbps"] is not None:
+        if (row["op"], row["side"]) in shown and row["list"] in LISTS and row["gbps"] is not None:
             drawn = lines.setdefault(row["dtype"], {})
             drawn.setdefault((row["op"], row["side"]), []).append((row["weights"], row["gbps"]))
     if not lines:
@@ -233,7 +292,7 @@ def bandwidth_figure(records: Sequence[Record]) -> bytes | None:
     copy = max(record["copy"]["gbps"] for record in records)
     for axes, (dtype, drawn) in zip(panels, lines.items(), strict=True):
         axes.axhline(copy, color="#000000", linewidth=1, linestyle=":", label=f"measured copy, {copy:,.0f} GB/s")
-        for style, key in zip(STYLES, DRAWN, strict=True):
+        for style, key in zip(STYLES, shown, strict=True):
             x, y = zip(*sorted(drawn.get(key, [(float("nan"), float("nan"))])), strict=True)
             axes.plot(x, y, label=f"{key[0]}: {key[1]}", markersize=6, linewidth=1.5, **style)
         sizes = [weights for points in drawn.values() for weights, _ in points]
@@ -293,7 +352,7 @@ def speedup_figure(record: Record) -> bytes | None:
 
 def figures(records: Sequence[Record]) -> dict[str, bytes]:
     """Return file name -> PNG of every figure that these records have something for."""
-    drawn = {"bandwidth.png": bandwidth_figure(records)}
+    drawn = {name: bandwidth_figure(records, shown) for name, shown in DRAWN.items()}
     drawn |= {f"speedup_{record['suite']}.png": speedup_figure(record) for record in records}
     return {name: content for name, content in drawn.items() if content is not None}
 
@@ -302,11 +361,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("records", nargs="+", type=Path, help="JSON files of python -m benchmarks")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the plots there")
+    parser.add_argument("--ratios", action="store_true", help="short tables: ours against each rival, and memory")
     parser.add_argument("--readme", type=Path, metavar="FILE", help=f"put the tables between {BEGIN} and {END}")
     args = parser.parse_args(arguments)
     try:
         records = load(args.records)
-        tables = markdown(records)
+        tables = short(records) if args.ratios else markdown(records)
         if args.readme:
             write_file(args.readme, put_between(args.readme.read_text(encoding="utf-8"), tables).encode())
         else:

@@ -12,9 +12,9 @@ pytest.importorskip("pytest_benchmark", reason='pytest-benchmark is not installe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ isn't installed
 
 from benchmarks.harness import Cpu, WrongResult
-from benchmarks.suites import optimizer_step, penalty
+from benchmarks.suites import optimizer_step, penalty, select_mask
 
-CASES = [case for suite in (penalty, optimizer_step) for case in suite.cases(Cpu(), quick=False)]
+CASES = [case for suite in (penalty, optimizer_step, select_mask) for case in suite.cases(Cpu(), quick=False)]
 SIDES = [
     pytest.param(case, side, id=f"{case.list}-{case.dtype}-{case.op}-{side.name}".replace(" ", "_"))
     for case in CASES
@@ -25,11 +25,14 @@ SIDES = [
 @pytest.mark.parametrize(("case", "side"), SIDES)
 def test_side(benchmark, case, side):
     subject = side.build(1)
-    subject.call(0)
+    subject.ready(0)()
     try:
         subject.verify()
     except WrongResult as error:
         (pytest.fail if side.ours else pytest.skip)(f"not timed: {error}")
     benchmark.group = f"{case.list} {case.dtype} {case.op}"
     benchmark.extra_info.update(weights=case.weights, bytes=side.bytes)
-    benchmark(subject.call, 0)
+    if subject.prepare is None:
+        benchmark(subject.call, 0)
+    else:
+        benchmark.pedantic(subject.call, (0,), setup=lambda: subject.prepare(0), rounds=10, warmup_rounds=1)
