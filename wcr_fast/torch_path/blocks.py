@@ -67,7 +67,7 @@ class MemorySource:
         per_line = LINE_BYTES // self._keys.itemsize
         # One line from each of these strata of the list, at a place that moves on by the golden ratio: no period
         # of the layout falls in step with it. (numpy.random would do, but costs 5 MB to import.)
-        strata = size // per_line
+        strata = max(size // per_line, 1)
         order = np.arange(strata)
         places = ((order + order * GOLDEN % 1.0) * (total / strata)).astype(np.int64)
         ends = np.cumsum(self.numels)

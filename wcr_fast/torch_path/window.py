@@ -166,8 +166,11 @@ class Tally:
             self.inside[i, at] += _per_segment(inside, starts)
             return
         places = np.flatnonzero(inside)  # with take(), half the time of keys[inside]
-        counts = np.diff(np.searchsorted(places, starts), append=places.size)
-        self.inside[i, at] += counts if len(tensors) > 1 else places.size
+        if len(tensors) == 1:
+            counts = np.array([places.size])
+        else:
+            counts = np.diff(np.searchsorted(places, starts), append=places.size)
+        self.inside[i, tensors] += counts
         if window.limit:
             if self.inside[i].sum() <= window.limit:
                 self.keys[i].append(keys.take(places))
@@ -242,7 +245,8 @@ class _Search:
         ranks = [q for q, keep in enumerate(self.num_keep) if keep > 0]
         if not ranks:
             return []
-        lines = self.source.sample(min(max(SAMPLE_MIN, self.total // 64), SAMPLE_MAX))
+        # Ranking a larger sample would take longer than a narrower window saves.
+        lines = self.source.sample(min(max(SAMPLE_MIN, self.total // 256), SAMPLE_MAX))
         spans = sample_spans(lines, [self.num_keep[q] / self.total for q in ranks], lines.size >= self.total)
         # NaN in the sample must not open a window above infinity.
         spans = [
@@ -362,18 +366,20 @@ def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> lis
     The spread of the sampled count is taken from the lines themselves, as keys of one line may be alike.
     """
     size = lines.size
-    places, bounds = [], []
-    ranked = np.sort(lines, axis=None)
-    for share in shares:
-        rank = min(max(round(share * size), 1), size)  # the rank-th largest key of the sample
-        margin = 0
-        if not whole:
-            margin = int(MARGIN * np.sqrt(sample_variance(lines, ranked[size - rank])) + 3 * MARGIN)
-        places.append((size - rank - margin, size - rank + margin))
+    ranks = [min(max(round(share * size), 1), size) for share in shares]  # the rank-th largest key of the sample
+    margins = [0] * len(ranks)
+    ranked = lines.reshape(-1)
+    if not whole:
+        ranked = np.partition(ranked, sorted({size - rank for rank in ranks}))
+        spreads = [np.sqrt(sample_variance(lines, ranked[size - rank])) for rank in ranks]
+        margins = [int(MARGIN * spread + 3 * MARGIN) for spread in spreads]
+    places = [(size - rank - margin, size - rank + margin) for rank, margin in zip(ranks, margins, strict=True)]
+    ranked = np.partition(ranked, sorted({place for pair in places for place in pair if 0 <= place < size}))
+    bounds = []
     for low, high in places:
         lo = 0 if low < 0 else int(ranked[low])
         # Beyond the sample's largest key everything is open; the engine cuts this off above infinity.
-        hi = np.iinfo(lines.dtype).max if high >= size else int(ranked[high]) + 1
-        inside = np.searchsorted(ranked, hi) - np.searchsorted(ranked, lo)
-        bounds.append((lo, hi, float(inside / size)))
+        last = np.iinfo(lines.dtype).max if high >= size else int(ranked[high])
+        inside = np.count_nonzero(lines >= lo) - np.count_nonzero(lines > last)
+        bounds.append((lo, last + (high < size), inside / size))
     return bounds
