@@ -25,6 +25,8 @@ COLLECT_MAX = 1 << 23
 MARGIN = 4.0
 # Histograms count per tensor; this many counters in all (0.5 MB) and at most so many bins.
 COUNTERS, BINS = 1 << 16, 1 << 12
+# A window of no more different keys than this is never collected.
+NARROW = 256
 # Below this many keys, starting threads costs more than they bring.
 THREADED = 1 << 20
 
@@ -265,9 +267,10 @@ class _Search:
 
     def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> Window:
         limit = self.capacity * len(ranks)
-        if expected <= limit and hi - lo > 1:
-            return Window(lo, hi, ranks, limit=limit)
         bins = max(2, min(BINS, COUNTERS // self.tensors))
+        # Few different keys, as of 16-bit weights, are counted one by one: there may be many of each.
+        if expected <= limit and hi - lo > min(bins, NARROW):
+            return Window(lo, hi, ranks, limit=limit)
         shift = 0
         while (hi - lo - 1) >> shift >= bins:
             shift += 1
