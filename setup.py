@@ -17,7 +17,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["wcr_fast", "wcr_fast.*"]), "wcr_fast.kernels"],
     package_dir={"wcr_fast": "wcr_fast", "wcr_fast.kernels": "kernels"},
-    package_data={"wcr_fast": ["py.typed", "watch.cpp"]},
+    package_data={"wcr_fast": ["py.typed", "watch.cpp", "torch_path/scan.c"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',

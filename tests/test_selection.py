@@ -348,3 +348,42 @@ def test_compiles_into_one_graph():
     for found, wanted in zip(kept, ref.prune(weights, ref.masks(weights, 0.5)), strict=True):
         assert torch.equal(found, wanted)
     assert torch.equal(threshold, magnitude_threshold(weights, [0.5, 0.9]))
+
+
+class _Huge:
+    """More than 2^31 keys, all from one block in memory, above the few in the last tensor."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, large):
+        self.block, self.last = np.full(1 << 18, 1000, np.int16), np.array([3, 0, 9, 9, 5, 9], np.int16)
+        self.numels = [*large, self.last.size]
+
+    def sample(self, size):
+        return np.concatenate([self.last, np.full(20, 9, np.int16), self.block])[:, None]
+
+    def streams(self, count):
+        return [self.blocks()]
+
+    def blocks(self):
+        for i, numel in enumerate(self.numels[:-1]):
+            for start in range(0, numel, self.block.size):
+                yield KeyBlock([i], [0], self.block[: numel - start])
+        yield KeyBlock([len(self.numels) - 1], [0], self.last)
+
+
+def test_counts_are_exact_beyond_31_bits():
+    large = [2**31 + 7, 5]
+    found = window_search(_Huge(large), [sum(large) + 2, sum(large) + 4])
+    assert found.key == [9, 5]
+    assert found.ties == [2, 1]
+    assert found.above.T.tolist() == [[*large, 0], [*large, 3]]
+    assert found.tied.T.tolist() == [[0, 0, 3], [0, 0, 1]]
+    assert found.zeros.tolist() == [0, 0, 1]
+
+
+def test_ties_are_shared_out_exactly_beyond_31_bits():
+    tied = np.array([[3], [2**31 + 7], [9]])
+    for ties in (2, 2**31 + 1, 2**31 + 12):
+        assert window.shares(np.array([ties]), tied).sum() == ties
+    assert window.shares(np.array([2**31 + 12]), tied)[:, 0].tolist() == [3, 2**31 + 7, 2]

@@ -20,9 +20,10 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -32,6 +33,8 @@ except ImportError:  # not on Windows, where nothing is built
     fcntl = None
 
 SOURCE = Path(__file__).with_name("watch.cpp")
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _module: ModuleType | None = None
@@ -86,7 +89,7 @@ def build() -> ModuleType:
     with _lock:
         if _module is None:
             try:
-                _module = _loaded_or_built(_path())
+                _module = load_or_build(_path(), _load, os.environ.get("CXX", "c++"), _arguments())
             except Exception as error:  # whatever it was, it must not break a step
                 _failure = str(error)
                 raise RuntimeError(f"{SOURCE.name} could not be built: {error}") from error
@@ -110,21 +113,41 @@ if fcntl is not None:
 
 def _path() -> Path:
     """Return where the module for this torch, Python and machine is kept."""
-    folder = os.environ.get("WCR_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wcr_fast")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    made_for = (SOURCE.read_bytes(), torch.__version__, torch.version.git_version, suffix, sysconfig.get_platform())
-    key = hashlib.sha256(repr(made_for).encode()).hexdigest()[:16]
-    return Path(folder).expanduser() / f"_watch-{key}{suffix}"
+    return cache_path(SOURCE, suffix, torch.__version__, torch.version.git_version)
 
 
-def _loaded_or_built(path: Path) -> ModuleType:
+def _arguments() -> list[str]:
+    home = Path(torch.__file__).parent
+    return [
+        *(
+            "-O2",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        ),
+        *(f"-I{headers}" for headers in (home / "include", sysconfig.get_paths()["include"])),
+        *(str(SOURCE), f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"),
+    ]
+
+
+def cache_path(source: Path, suffix: str, *made_for: str | None) -> Path:
+    """Return where the library made of a source, for these versions and this machine, is kept."""
+    folder = os.environ.get("WCR_FAST_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "wcr_fast")
+    found = (source.read_bytes(), *made_for, suffix, sysconfig.get_platform())
+    key = hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+    return Path(folder).expanduser() / f"_{source.stem}-{key}{suffix}"
+
+
+def load_or_build(path: Path, load: Callable[[Path], T], compiler: str, arguments: Sequence[str]) -> T:
+    """Return what ``load`` makes of a library in the cache, compiled with these arguments first where it has to be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _alone(path.parent):  # the other ranks of a node wait for one build
         if path.exists():
-            with contextlib.suppress(ImportError):  # damaged, or made for a library that was replaced since
-                return _load(path)
-        _compile(path)
-        return _load(path)
+            with contextlib.suppress(ImportError, OSError):  # damaged, or made for a library that was replaced since
+                return load(path)
+        _compile(path, [*shlex.split(compiler), "-shared", "-fPIC", *arguments])
+        return load(path)
 
 
 @contextlib.contextmanager
@@ -134,17 +157,10 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(path: Path) -> None:
-    home = Path(torch.__file__).parent
+def _compile(path: Path, command: Sequence[str]) -> None:
     folder = Path(tempfile.mkdtemp(prefix=".build-", dir=path.parent))  # renamed from there when it is whole
     made = folder / path.name
-    command = [
-        *shlex.split(os.environ.get("CXX", "c++")),
-        *("-O2", "-std=c++20", "-shared", "-fPIC", "-fvisibility=hidden"),
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-I{headers}" for headers in (home / "include", sysconfig.get_paths()["include"])),
-        *(str(SOURCE), "-o", str(made), f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"),
-    ]
+    command = [*command, "-o", str(made)]
     compiler: subprocess.Popen[str] | None = None
 
     def stop() -> None:

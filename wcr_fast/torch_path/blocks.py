@@ -10,10 +10,12 @@ from torch import Tensor
 
 from wcr_fast.torch_path.cuts import KEY_DTYPES, comparison_dtype, keys_of
 from wcr_fast.torch_path.layout import flat_view, is_dense
-from wcr_fast.torch_path.window import KeyBlock
+from wcr_fast.torch_path.scan import KeyBlock, compiled
 
 # 512 KB of float32 keys and their two flags per key stay in a core's L2.
 BLOCK = 1 << 17
+# Compiled code needs no copy of what it reads: only its calls cost.
+COMPILED = 1 << 20
 # torch runs an op on fewer elements than this on the calling thread. Its own pool waits in busy loops, which
 # costs far more than it brings as soon as another process wants the core.
 SERIAL = (1 << 15) - 64
@@ -67,7 +69,7 @@ class MemorySource:
         per_line = LINE_BYTES // self._keys.itemsize
         # One line from each of these strata of the list, at a place that moves on by the golden ratio: no period
         # of the layout falls in step with it. (numpy.random would do, but costs 5 MB to import.)
-        strata = size // per_line
+        strata = max(size // per_line, 1)
         order = np.arange(strata)
         places = ((order + order * GOLDEN % 1.0) * (total / strata)).astype(np.int64)
         ends = np.cumsum(self.numels)
@@ -99,7 +101,7 @@ class MemorySource:
     def _everything(self, total: int) -> np.ndarray:
         keys, end = np.empty(total, self._keys), 0
         for block in self.streams(1)[0]:
-            keys[end : end + block.keys.size] = block.keys
+            np.bitwise_and(block.keys, self._mask, out=keys[end : end + block.keys.size])
             end += block.keys.size
         return keys.reshape(-1, 1)
 
@@ -118,7 +120,7 @@ class MemorySource:
         for i, tensor in enumerate(self.tensors):
             for piece in self._pieces(tensor):
                 size = piece.size if isinstance(piece, np.ndarray) else piece.numel()
-                if size > room:
+                if group and size > room:
                     yield group
                     group, room = [], BLOCK
                 group.append((i, piece))
@@ -132,13 +134,16 @@ class MemorySource:
             limit = SERIAL if tensor.device.type == "cpu" else BLOCK
             yield from pieces(flat_view(tensor) if is_dense(tensor) else tensor, limit)
             return
-        flat = _patterns(flat_view(tensor))
-        for start in range(0, flat.size, BLOCK):
-            yield flat[start : start + BLOCK]
+        flat, size = _patterns(flat_view(tensor)), COMPILED if compiled() else BLOCK
+        for start in range(0, flat.size, size):
+            yield flat[start : start + size]
 
     def _blocks(self) -> Iterator[KeyBlock]:
         buffer = np.empty(min(BLOCK, sum(self.numels)), self._keys)
         for group in self._groups():
+            if len(group) == 1 and isinstance(group[0][1], np.ndarray):
+                yield KeyBlock([group[0][0]], [0], group[0][1], signed=True)
+                continue
             tensors, starts, end = [], [], 0
             for i, piece in group:
                 if not tensors or tensors[-1] != i:  # neighbouring pieces of one tensor are one segment

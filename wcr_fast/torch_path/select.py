@@ -120,7 +120,8 @@ def apply(tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = 
     if cuts.bad.any():
         return
     edges = _edges(tensors, cuts)
-    for i, (tensor, edge) in enumerate(zip(tensors, edges, strict=True)):
+    # Backwards: what the search read last may still be in the cache.
+    for i, (tensor, edge) in reversed(list(enumerate(zip(tensors, edges, strict=True)))):
         if out is not None:
             _write_mask(tensor, edge, out[i])
         elif edge.under >= 0 or edge.tie >= 0:

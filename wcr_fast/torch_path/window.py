@@ -16,7 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from wcr_fast.torch_path import scan as scanning
 from wcr_fast.torch_path.cuts import INF_KEYS
+from wcr_fast.torch_path.scan import KeyBlock, Scanner
 
 SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 19
 # At most this many keys are collected, whatever the model: what doesn't fit is counted in bins instead.
@@ -25,22 +27,10 @@ COLLECT_MAX = 1 << 23
 MARGIN = 4.0
 # Histograms count per tensor; this many counters in all (0.5 MB) and at most so many bins.
 COUNTERS, BINS = 1 << 16, 1 << 12
+# A window of no more different keys than this is never collected.
+NARROW = 256
 # Below this many keys, starting threads costs more than they bring.
 THREADED = 1 << 20
-
-
-class KeyBlock(NamedTuple):
-    """Keys of one or more whole or partial tensors, one after the other.
-
-    Attributes:
-        tensors: index of the tensor of each segment; no index twice, as counts are added by index.
-        starts: where each segment begins in ``keys`` (the first at 0); segments are never empty.
-        keys: 1-d integer array (int16, int32 or int64). The engine only reads it, and only until the next block.
-    """
-
-    tensors: Sequence[int]
-    starts: Sequence[int]
-    keys: np.ndarray
 
 
 class KeySource(Protocol):
@@ -130,54 +120,35 @@ class Tally:
         self.keys: list[list[np.ndarray]] = [[] for _ in windows]
         self.owners: list[list[tuple[Sequence[int], np.ndarray]]] = [[] for _ in windows]
         self.bins = [None if w.limit else np.zeros((tensors, w.bins), np.int64) for w in windows]
-        self._flags = np.empty((2, 0), bool)
 
     def read(self, blocks: Iterable[KeyBlock], first: bool) -> Tally:
+        # Single keys need no more than a count.
+        wanted = [window.limit > 0 or window.bins > 1 for window in self.windows]
+        bounds = [w.lo for w in self.windows], [w.hi for w in self.windows]
+        scanner = Scanner(*bounds, wanted, self.top, ends=first)
         for block in blocks:
-            if block.keys.size > self._flags.shape[1]:
-                self._flags = np.empty((2, block.keys.size), bool)
-            if first:
-                self._zeros_and_nan(block)
-            for i in range(len(self.windows)):
-                self._count(i, block)
+            scan = scanner.scan(block)
+            tensors = block.tensors
+            self.zeros[tensors] += scan.zeros
+            self.bad[tensors] |= scan.bad
+            for i, window in enumerate(self.windows):
+                self.above[i, tensors] += scan.above[i]
+                self.inside[i, tensors] += scan.inside[i]
+                if window.limit:
+                    if scan.found[i].size and self.inside[i].sum() <= window.limit:
+                        self.keys[i].append(scan.found[i].copy())
+                        self.owners[i].append((tensors, scan.inside[i]))
+                elif wanted[i]:
+                    self._bin(i, tensors, scan.inside[i], scan.found[i])
         return self
 
-    def _zeros_and_nan(self, block: KeyBlock) -> None:
-        tensors, starts, keys = block
-        if len(tensors) == 1:
-            if keys.min() == 0:  # a minimum is quicker to find than to compare with
-                self.zeros[tensors[0]] += np.count_nonzero(np.equal(keys, 0, out=self._flags[0, : keys.size]))
-            self.bad[tensors[0]] |= keys.max() >= self.top
-            return
-        zero = np.equal(keys, 0, out=self._flags[0, : keys.size])
-        self.zeros[tensors] += np.add.reduceat(zero, starts, dtype=np.int64)
-        self.bad[tensors] |= np.maximum.reduceat(keys, starts) >= self.top
-
-    def _count(self, i: int, block: KeyBlock) -> None:
-        window, (tensors, starts, keys) = self.windows[i], block
-        at = tensors[0] if len(tensors) == 1 else tensors
-        inside, above = self._flags[:, : keys.size]
-        np.greater_equal(keys, window.lo, out=inside)
-        if window.hi < self.top:
-            np.greater_equal(keys, window.hi, out=above)
-            self.above[i, at] += _per_segment(above, starts)
-            np.greater(inside, above, out=inside)  # "and not"; on flags faster than the logical functions
-        if window.bins == 1 and not window.limit:
-            self.inside[i, at] += _per_segment(inside, starts)
-            return
-        places = np.flatnonzero(inside)  # with take(), half the time of keys[inside]
-        counts = np.diff(np.searchsorted(places, starts), append=places.size)
-        self.inside[i, at] += counts if len(tensors) > 1 else places.size
-        if window.limit:
-            if self.inside[i].sum() <= window.limit:
-                self.keys[i].append(keys.take(places))
-                self.owners[i].append((tensors, counts))
-            return
-        offsets = (keys.take(places) - window.lo) >> window.shift
+    def _bin(self, i: int, tensors: Sequence[int], counts: np.ndarray, keys: np.ndarray) -> None:
+        offsets = (keys - self.windows[i].lo) >> self.windows[i].shift
         bins, stop = self.bins[i], 0
         for tensor, count in zip(tensors, counts, strict=True):
             start, stop = stop, stop + count
-            bins[tensor] += np.bincount(offsets[start:stop], minlength=window.bins)
+            if count:
+                bins[tensor] += np.bincount(offsets[start:stop], minlength=bins.shape[1])
 
     def merge(self, other: Tally) -> None:
         for name in ("above", "inside", "zeros", "bad"):
@@ -192,7 +163,10 @@ class Tally:
 def count_windows(source: KeySource, windows: Sequence[Window], *, first: bool) -> Tally:
     """Sweep over the source once, with its threads; ``first``: look for zeros and NaN, too."""
     top, tensors = INF_KEYS[source.dtype] + 1, len(source.numels)
-    workers = torch.get_num_threads() if sum(source.numels) >= THREADED else 1
+    large = sum(source.numels) >= THREADED
+    if large:
+        scanning.request()
+    workers = torch.get_num_threads() if large else 1
     streams = source.streams(workers)
     tallies = [Tally(windows, tensors, top) for _ in streams]
     if len(streams) > 1:
@@ -205,12 +179,6 @@ def count_windows(source: KeySource, windows: Sequence[Window], *, first: bool) 
     for other in tallies[1:]:
         tally.merge(other)
     return tally
-
-
-def _per_segment(flags: np.ndarray, starts: Sequence[int]) -> np.ndarray | int:
-    if len(starts) == 1:
-        return np.count_nonzero(flags)
-    return np.add.reduceat(flags, starts, dtype=np.int64)
 
 
 class _Search:
@@ -242,7 +210,8 @@ class _Search:
         ranks = [q for q, keep in enumerate(self.num_keep) if keep > 0]
         if not ranks:
             return []
-        lines = self.source.sample(min(max(SAMPLE_MIN, self.total // 64), SAMPLE_MAX))
+        # Ranking a larger sample would take longer than a narrower window saves.
+        lines = self.source.sample(min(max(SAMPLE_MIN, self.total // 256), SAMPLE_MAX))
         spans = sample_spans(lines, [self.num_keep[q] / self.total for q in ranks], lines.size >= self.total)
         # NaN in the sample must not open a window above infinity.
         spans = [
@@ -261,9 +230,10 @@ class _Search:
 
     def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> Window:
         limit = self.capacity * len(ranks)
-        if expected <= limit and hi - lo > 1:
-            return Window(lo, hi, ranks, limit=limit)
         bins = max(2, min(BINS, COUNTERS // self.tensors))
+        # Few different keys, as of 16-bit weights, are counted one by one: there may be many of each.
+        if expected <= limit and hi - lo > min(bins, NARROW):
+            return Window(lo, hi, ranks, limit=limit)
         shift = 0
         while (hi - lo - 1) >> shift >= bins:
             shift += 1
@@ -317,7 +287,7 @@ class _Search:
         owners, starts = owners[counts > 0], starts[counts > 0]
         above = tally.above[i]
         places = [keys.size - (self.num_keep[q] - int(above.sum())) for q in ranks]
-        cuts = np.partition(keys, sorted(set(places)))[places]
+        cuts = at_places(keys, places)
         for q, cut in zip(ranks, cuts, strict=True):
             greater, equal = above.copy(), np.zeros_like(above)
             np.add.at(greater, owners, np.add.reduceat(keys > cut, starts, dtype=np.int64))
@@ -362,18 +332,30 @@ def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> lis
     The spread of the sampled count is taken from the lines themselves, as keys of one line may be alike.
     """
     size = lines.size
-    places, bounds = [], []
-    ranked = np.sort(lines, axis=None)
-    for share in shares:
-        rank = min(max(round(share * size), 1), size)  # the rank-th largest key of the sample
-        margin = 0
-        if not whole:
-            margin = int(MARGIN * np.sqrt(sample_variance(lines, ranked[size - rank])) + 3 * MARGIN)
-        places.append((size - rank - margin, size - rank + margin))
-    for low, high in places:
-        lo = 0 if low < 0 else int(ranked[low])
+    places = [size - min(max(round(share * size), 1), size) for share in shares]
+    margins = [0] * len(places)
+    if not whole:
+        spreads = [np.sqrt(sample_variance(lines, key)) for key in at_places(lines, places)]
+        margins = [int(MARGIN * spread + 3 * MARGIN) for spread in spreads]
+    ends = [(place - margin, place + margin) for place, margin in zip(places, margins, strict=True)]
+    within = sorted({place for pair in ends for place in pair if 0 <= place < size})
+    keys = dict(zip(within, at_places(lines, within).tolist(), strict=True))
+    bounds = []
+    for low, high in ends:
+        lo = keys.get(low, 0)
         # Beyond the sample's largest key everything is open; the engine cuts this off above infinity.
-        hi = np.iinfo(lines.dtype).max if high >= size else int(ranked[high]) + 1
-        inside = np.searchsorted(ranked, hi) - np.searchsorted(ranked, lo)
-        bounds.append((lo, hi, float(inside / size)))
+        last = keys.get(high, np.iinfo(lines.dtype).max)
+        inside = np.count_nonzero(lines >= lo) - np.count_nonzero(lines > last)
+        bounds.append((lo, last + (high < size), inside / size))
     return bounds
+
+
+def at_places(keys: np.ndarray, places: Sequence[int]) -> np.ndarray:
+    """Return ``np.sort(keys, axis=None)[places]``: one histogram, then only the bins at these places are ranked."""
+    keys = keys.reshape(-1)
+    least = keys.min()
+    offsets = (keys - least) >> max(0, int(keys.max() - least).bit_length() - 12)
+    ends = np.cumsum(np.bincount(offsets))
+    bins = np.searchsorted(ends, places, side="right").tolist()
+    ranked = {b: np.sort(keys[offsets == b]) for b in set(bins)}
+    return np.array([ranked[b][place - ends[b]] for b, place in zip(bins, places, strict=True)], keys.dtype)
