@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from wcr_fast.pruning.checkpoint import prune_checkpoint
+from wcr_fast.pruning.checkpoint_record import compare
 
 BAR = 24
 
@@ -22,7 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "target", metavar="OUT", type=Path, nargs="?", help="what to write (may be left out with --dry-run)"
     )
     parser.add_argument(
-        "--sparsity", type=float, help="share of the weights to remove, in [0, 1]; not with an n:m scope"
+        "--sparsity",
+        type=_sparsity,
+        help="share of the weights to remove, in [0, 1]; not with an n:m scope; with --dry-run several: .5,.8,.9",
     )
     parser.add_argument(
         "--scope", default="global", help="global (default), layer, row, or n:m such as 2:4 (n kept of m)"
@@ -40,11 +43,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the record as one JSON object")
 
 
+def _sparsity(text: str) -> float | list[float]:
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid float value: {text!r}") from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def run(args: argparse.Namespace) -> int:
     """Prune, and print the record."""
     begin = time.perf_counter()
     with ProgressLine(sys.stderr) as line:
-        record = prune_checkpoint(
+        found = prune_checkpoint(
             args.source,
             args.target,
             args.sparsity,
@@ -55,12 +66,15 @@ def run(args: argparse.Namespace) -> int:
             progress=line.show,
         )
     seconds = time.perf_counter() - begin
+    several = isinstance(found, list)
     if args.json:
         version = importlib.metadata.version("wcr-fast")
-        head = {"schema": "wcr-fast/prune/1", "version": version, "seconds": round(seconds, 3)}
-        print(json.dumps(head | record.to_dict(), indent=2))
+        schema = "wcr-fast/prune-several/1" if several else "wcr-fast/prune/1"
+        head = {"schema": schema, "version": version, "seconds": round(seconds, 3)}
+        body = {"records": [record.to_dict() for record in found]} if several else found.to_dict()
+        print(json.dumps(head | body, indent=2))
     else:
-        print(record)
+        print(compare(found) if several else found)
     return 0
 
 
