@@ -9,14 +9,14 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 
 from wcr_fast.errors import UsageError
 from wcr_fast.pruning.checkpoint_cuts import Cuts, Job, find_cuts
-from wcr_fast.pruning.checkpoint_files import WEIGHTS, check_target, find_files
-from wcr_fast.pruning.checkpoint_plan import Plan, Scope, choose_stored, parse_scope, plan
+from wcr_fast.pruning.checkpoint_files import WEIGHTS, CheckpointFiles, check_target, find_files
+from wcr_fast.pruning.checkpoint_plan import Plan, Scope, choose_stored, parse_scope, plan, spread
 from wcr_fast.pruning.checkpoint_record import CheckpointRecord, StoredLayer
 from wcr_fast.pruning.checkpoint_write import rehearse, write
 from wcr_fast.pruning.file_keys import OpenFile
@@ -24,6 +24,9 @@ from wcr_fast.pruning.ranks import Ranks
 from wcr_fast.pruning.safetensors_io import reading
 from wcr_fast.pruning.stored import Contents, read_safetensors
 from wcr_fast.pruning.stream import Meter, Progress, Segment
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @overload
@@ -37,6 +40,7 @@ def prune_checkpoint(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> CheckpointRecord: ...
 
 
@@ -51,6 +55,7 @@ def prune_checkpoint(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[CheckpointRecord]: ...
 
 
@@ -65,6 +70,7 @@ def prune_checkpoint(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> CheckpointRecord | list[CheckpointRecord]:
     """Prune a safetensors file or a Hugging Face folder into a new one, as a stream.
 
@@ -82,6 +88,8 @@ def prune_checkpoint(
         dry_run: find the cuts and write nothing.
         force: replace an existing target.
         progress: called with the bytes done and the bytes to do, from several threads.
+        group: processes that share the work, each calling this with the same arguments and seeing the same files: a
+            group of torch.distributed with a CPU backend such as gloo. All return the same records.
 
     Returns:
         The record: counts, threshold, per-tensor rows, what was left as it is and why. For several sparsities a
@@ -104,37 +112,55 @@ def prune_checkpoint(
     made, sparsities, several = parse_scope(scope, sparsity)
     if several and not dry_run:
         raise UsageError("several sparsities can only be compared: give --dry-run (dry_run=True), or one sparsity")
-    source = Path(source)
-    files = find_files(source)
-    others = files.others
-    if target is not None:
-        target = Path(target)
-        if check_target(source, files, target, force=force):
-            others = ()  # they are where they belong
-    elif not dry_run:
-        raise UsageError("an output is needed: give OUT, or --dry-run")
-    contents = read_safetensors(files)
-    weights, left_out = choose_stored(contents, exclude)
-    planned = plan(weights, made, sparsities)
-    meter = Meter(_bytes_to_do(contents, planned, dry_run), progress)
-    with contextlib.ExitStack() as stack:
-        opened = [OpenFile(stack.enter_context(reading(shard.path)), shard.path) for shard in contents.shards]
-        stretches = [Segment(i, 0, shard.size) for i, shard in enumerate(contents.shards)]
-        job = Job(source, contents, opened, weights, planned, stretches, Ranks(), meter)
-        cuts = find_cuts(job, made, sparsities)
-        if dry_run:
-            rehearse(job, cuts)
-        else:
-            write(job, cuts[0], target, others)
+    ranks = Ranks(group)
+    with ranks.together():
+        source, target = Path(source), None if target is None else Path(target)
+        files, others = _check_places(source, target, dry_run, force)
+        contents = read_safetensors(files)
+        weights, left_out = choose_stored(contents, exclude)
+        planned, stretches = spread(plan(weights, made, sparsities), contents, ranks.size)
+        meter = _meter(contents, planned, stretches, dry_run, ranks, progress)
+        with contextlib.ExitStack() as stack:
+            opened = [OpenFile(stack.enter_context(reading(shard.path)), shard.path) for shard in contents.shards]
+            job = Job(source, contents, opened, weights, planned, stretches[ranks.index], ranks, meter)
+            cuts = find_cuts(job, made, sparsities)
+            if dry_run:
+                rehearse(job, cuts)
+            else:
+                write(job, cuts[0], target, others)
     records = [_record(job, c, made, scope, left_out, None if dry_run else target, others) for c in cuts]
     return records if several else records[0]
 
 
-def _bytes_to_do(contents: Contents, planned: Plan, dry_run: bool) -> int:
-    """Return the bytes that pass by: each weight in the search, then each file, or in a dry run what it rehearses."""
-    searched = sum(part.segment.stop - part.segment.start for part in planned.parts)
-    rehearsed = sum(part.segment.stop - part.segment.start for part in planned.parts if part.group < 0)
-    return searched + (rehearsed if dry_run else sum(shard.size for shard in contents.shards))
+def _check_places(
+    source: Path, target: Path | None, dry_run: bool, force: bool
+) -> tuple[CheckpointFiles, Sequence[Path]]:
+    """Return the files of a checkpoint, and those to copy; raise UsageError where the target may not be written."""
+    files = find_files(source)
+    if target is None:
+        if not dry_run:
+            raise UsageError("an output is needed: give OUT, or --dry-run")
+        return files, files.others
+    same = check_target(source, files, target, force=force)
+    return files, () if same else files.others  # else they are where they belong
+
+
+def _meter(
+    contents: Contents,
+    planned: Plan,
+    stretches: Sequence[Sequence[Segment]],
+    dry_run: bool,
+    ranks: Ranks,
+    progress: Progress | None,
+) -> Meter:
+    """Count what passes by: each weight in the search, then each file, or in a dry run what it rehearses."""
+    todo = [0] * ranks.size
+    for part in planned.parts:
+        rehearsed = dry_run and part.group < 0
+        todo[part.rank] += (1 + rehearsed) * (part.segment.stop - part.segment.start)
+    for rank, mine in enumerate(stretches):
+        todo[rank] += 0 if dry_run else sum(stretch.stop - stretch.start for stretch in mine)
+    return Meter(todo[ranks.index], progress, todo[ranks.index] / max(sum(todo), 1) or 1.0)
 
 
 def _record(

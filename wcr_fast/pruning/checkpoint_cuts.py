@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from wcr_fast.pruning.erase import CutEraser, Eraser, nm_eraser, row_eraser
 from wcr_fast.pruning.file_keys import FileKeys, OpenFile
 from wcr_fast.pruning.ranks import Ranks
 from wcr_fast.pruning.stored import Contents, StoredTensor
-from wcr_fast.pruning.stream import Meter, Segment
-from wcr_fast.torch_path.cuts import comparison_dtype, num_keep, value_of
+from wcr_fast.pruning.stream import BLOCK_BYTES, Block, Meter, Ring, Segment, blocks_of
+from wcr_fast.pruning.tie_order import first_ties, logical_indices
+from wcr_fast.torch_path.cuts import comparison_dtype, keys_of, num_keep, value_of
+from wcr_fast.torch_path.shared import shared_search, together
 from wcr_fast.torch_path.window import Found, shares, window_search
 
 
@@ -42,6 +45,10 @@ class Job:
     def my_parts(self) -> list[Part]:
         """Return the parts that this process reads and writes."""
         return [part for part in self.plan.parts if part.rank == self.ranks.index]
+
+    def load(self, block: Block, view: memoryview) -> None:
+        """Read a block of a file."""
+        self.opened[block.shard].read_into(view, block.start)
 
     def dtype(self, part: Part) -> torch.dtype:
         """Return the dtype of a part's weight."""
@@ -102,10 +109,17 @@ def find_cuts(job: Job, scope: Scope, sparsities: Sequence[float | None]) -> lis
 
 def _search(job: Job, selection: Selection) -> Found:
     """Run one search in a thread of its own, so that Ctrl-C finds the caller free to stop it."""
-    segments = [part.segment for part in selection.parts]
+    # What other processes read is empty here: counts have the same places everywhere.
+    segments = [
+        part.segment if part.rank == job.ranks.index else part.segment.between(part.segment.start, part.segment.start)
+        for part in selection.parts
+    ]
     source = FileKeys(job.opened, segments, [job.dtype(part) for part in selection.parts], job.meter)
     with ThreadPoolExecutor(1, "wcr-fast-search") as pool:
-        found = pool.submit(window_search, source, selection.keeps)
+        if job.ranks.size > 1:
+            found = pool.submit(_search_together, job, source, selection)
+        else:
+            found = pool.submit(window_search, source, selection.keeps)
         try:
             return found.result()
         except BaseException:
@@ -113,10 +127,16 @@ def _search(job: Job, selection: Selection) -> Found:
             raise
 
 
+def _search_together(job: Job, source: FileKeys, selection: Selection) -> Found:
+    total = sum(map(job.numel, selection.parts))
+    return together([shared_search(source, selection.keeps, total)], job.ranks.sum)[0]
+
+
 def _take(job: Job, made: Sequence[Cuts], scope: Scope, selection: Selection, found: Found) -> None:
     """Turn what one search found into counts and erasers of its parts."""
     comparison = comparison_dtype(map(job.dtype, selection.parts))
     stay = shares(np.array(found.ties), found.tied)
+    _divide_ties(job, selection, found, stay, comparison)
     for q, cuts in enumerate(made):
         threshold = value_of(found.key[q], comparison)
         for i, part in enumerate(selection.parts):
@@ -128,6 +148,42 @@ def _take(job: Job, made: Sequence[Cuts], scope: Scope, selection: Selection, fo
             if scope.kind != "row":
                 cuts.thresholds[part.weight] = threshold
             cuts.erasers[part.segment.part] = CutEraser(found.key[q], ties, tied, job.dtype(part), comparison)
+
+
+def _divide_ties(job: Job, selection: Selection, found: Found, stay: np.ndarray, comparison: torch.dtype) -> None:
+    """Correct which ties stay in weights whose chunks interleave; the order of parts decides in all others."""
+    members: dict[int, list[int]] = {}
+    for i, part in enumerate(selection.parts):
+        weight = job.weights[part.weight]
+        if not all(chunk.is_run(weight.shape) for chunk in weight.chunks):
+            members.setdefault(part.weight, []).append(i)
+    for i, mine in members.items():
+        weight, parts = job.weights[i], [selection.parts[p] for p in mine]
+        for q, key in enumerate(found.key):
+            staying = int(stay[mine, q].sum())
+            if 0 < staying < found.tied[mine, q].sum():
+                sweep = partial(_ties, job, weight, parts, key, comparison)
+                stay[mine, q] = first_ties(staying, weight.numel, len(parts), sweep, job.ranks.sum)
+
+
+def _ties(
+    job: Job, weight: StoredTensor, parts: Sequence[Part], key: int, comparison: torch.dtype
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Read a weight; yield where in it this process's parts hold the key."""
+    numbers = {part.segment.part: n for n, part in enumerate(parts)}
+    segments = [part.segment for part in parts if part.rank == job.ranks.index]
+    dtype = FLOATS[weight.dtype]
+    job.meter.expect(sum(segment.stop - segment.start for segment in segments))
+    with Ring(BLOCK_BYTES) as ring:
+        for block, data in ring.flow(blocks_of(segments, BLOCK_BYTES), job.load):
+            for piece in block.parts:
+                part = job.plan.parts[piece.part]
+                # The copy starts at an aligned address, which the number in the file may not.
+                stretch = data[piece.start - block.start : piece.stop - block.start].clone().view(dtype)
+                places = keys_of(stretch, comparison).eq(key).nonzero().squeeze(1).numpy()
+                places += (piece.start - part.chunk.start) // dtype.itemsize
+                yield numbers[piece.part], logical_indices(part.chunk, weight.shape, places)
+            job.meter.add(block.stop - block.start)
 
 
 def _cut_within_rows(job: Job, cuts: Cuts, scope: Scope) -> None:

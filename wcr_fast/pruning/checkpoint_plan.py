@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 
@@ -149,9 +151,13 @@ class Plan:
 
     def add(self, group: int, weight: int, chunk: Chunk, bounds: tuple[int, int], grain: int, unit: int) -> None:
         """Add a part; ``group`` is -1 for what is only counted."""
-        segment = Segment(chunk.shard, *bounds, len(self.parts), grain, unit)
-        self.parts.append(Part(weight, group, chunk, segment))
-        self.selections[max(group, 0)].parts.append(self.parts[-1])
+        self.append(Part(weight, group, chunk, Segment(chunk.shard, *bounds, grain=grain, unit=unit)))
+
+    def append(self, part: Part) -> None:
+        """Add a part, and number it."""
+        part = replace(part, segment=replace(part.segment, part=len(self.parts)))
+        self.parts.append(part)
+        self.selections[max(part.group, 0)].parts.append(part)
 
 
 def plan(weights: Sequence[StoredTensor], scope: Scope, sparsities: Sequence[float | None]) -> Plan:
@@ -207,3 +213,52 @@ def _check_groups(weight: StoredTensor, chunk: Chunk, scope: Scope) -> None:
             f"scope {scope.n}:{scope.m}: {weight.name!r} is sharded within its groups along dimension 1 "
             f"(at {chunk.offset[1]} and {stop}); the scope can be global or layer"
         )
+
+
+def spread(planned: Plan, contents: Contents, size: int) -> tuple[Plan, list[list[Segment]]]:
+    """Share the files among processes, each an equal stretch of all their bytes; cut the parts at the borders.
+
+    Args:
+        planned: what competes with what.
+        contents: the files.
+        size: number of processes.
+
+    Returns:
+        A plan whose parts say which process they belong to, and what each process writes: at most one stretch of
+        each file.
+    """
+    total, bounds = sum(shard.size for shard in contents.shards), []
+    for rank in range(1, size):
+        at = total * rank // size
+        for i, shard in enumerate(contents.shards):
+            if at < shard.size:
+                bounds.append((i, _border(planned, contents, i, at)))
+                break
+            at -= shard.size
+    made = Plan([Selection(selection.keeps) for selection in planned.selections])
+    for part in planned.parts:
+        shard, start, stop = part.segment.shard, part.segment.start, part.segment.stop
+        inside = [at for i, at in bounds if i == shard and start < at < stop]
+        for first, last in pairwise(dict.fromkeys([start, *inside, stop])):
+            piece = part.segment.between(first, last)
+            made.append(replace(part, segment=piece, rank=bisect_right(bounds, (shard, first))))
+    stretches = []
+    for first, last in pairwise([(0, 0), *bounds, (len(contents.shards), 0)]):
+        mine = [
+            Segment(i, first[1] if i == first[0] else 0, last[1] if i == last[0] else shard.size)
+            for i, shard in enumerate(contents.shards)
+            if first[0] <= i <= last[0]
+        ]
+        stretches.append([stretch for stretch in mine if stretch.stop > stretch.start])
+    return made, stretches
+
+
+def _border(planned: Plan, contents: Contents, shard: int, at: int) -> int:
+    """Return the last place at or before this one where a file may be divided."""
+    for record in contents.checksums:
+        if record.shard == shard and record.start < at < record.stop:
+            return record.start
+    for segment in (part.segment for part in planned.parts):
+        if segment.shard == shard and segment.start < at < segment.stop:
+            return segment.start + (at - segment.start) // segment.grain * segment.grain
+    return at

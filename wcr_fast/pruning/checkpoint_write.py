@@ -6,7 +6,6 @@ import contextlib
 import shutil
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,7 +43,7 @@ def rehearse(job: Job, made: Sequence[Cuts]) -> None:
     """Select within rows and n:m groups without writing, for the counts of a dry run."""
     segments = [part.segment for part in job.my_parts() if part.group < 0]
     with Ring(BLOCK_BYTES) as ring:
-        for block, data in ring.flow(blocks_of(segments, BLOCK_BYTES), partial(_load, job)):
+        for block, data in ring.flow(blocks_of(segments, BLOCK_BYTES), job.load):
             for cuts in made[1:]:
                 _edit(job, cuts, block, data.clone())
             _edit(job, made[0], block, data)
@@ -67,7 +66,7 @@ def _write_stretch(job: Job, cuts: Cuts, stretch: Segment, target: Path) -> None
 
     with writing(target, existing=True) as fd:
         with Ring(BLOCK_BYTES) as ring:
-            for block, data in ring.flow(blocks_of(_filled(stretch, parts), BLOCK_BYTES), partial(_load, job), store):
+            for block, data in ring.flow(blocks_of(_filled(stretch, parts), BLOCK_BYTES), job.load, store):
                 _edit(job, cuts, block, data)
                 job.meter.add(block.stop - block.start)
         for crc in checksums:
@@ -102,10 +101,6 @@ class _Crc:
         first, last = max(self.record.start - start, 0), self.record.stop - start
         if first < last and first < len(view):
             self.value = zlib.crc32(view[first:last], self.value)
-
-
-def _load(job: Job, block: Block, view: memoryview) -> None:
-    job.opened[block.shard].read_into(view, block.start)
 
 
 def _edit(job: Job, cuts: Cuts, block: Block, data: Tensor) -> None:

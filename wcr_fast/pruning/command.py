@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
+from wcr_fast.errors import UsageError
 from wcr_fast.pruning.checkpoint import prune_checkpoint
 from wcr_fast.pruning.checkpoint_record import compare
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BAR = 24
 
@@ -53,8 +60,34 @@ def _sparsity(text: str) -> float | list[float]:
 
 def run(args: argparse.Namespace) -> int:
     """Prune, and print the record."""
+    with _group() as group:
+        first = group is None or group.rank() == 0
+        try:
+            return _prune(args, group, first)
+        except UsageError:
+            if first:  # all processes raise the same
+                raise
+            return 2
+
+
+@contextlib.contextmanager
+def _group() -> Iterator[ProcessGroup | None]:
+    """Yield the processes that torchrun has started to share the work; None where it has not, or only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        yield None
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+def _prune(args: argparse.Namespace, group: ProcessGroup | None, first: bool) -> int:
     begin = time.perf_counter()
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr) if first else contextlib.nullcontext() as line:
         found = prune_checkpoint(
             args.source,
             args.target,
@@ -63,8 +96,11 @@ def run(args: argparse.Namespace) -> int:
             exclude=args.exclude,
             dry_run=args.dry_run,
             force=args.force,
-            progress=line.show,
+            progress=line.show if first else None,
+            group=group,
         )
+    if not first:
+        return 0
     seconds = time.perf_counter() - begin
     several = isinstance(found, list)
     if args.json:

@@ -70,17 +70,19 @@ class Ranks:
             raise
         except Exception as error:
             if self.size > 1:
-                plain = isinstance(error, UsageError)
-                self._exchange(str(error) if plain else f"{type(error).__name__}: {error}")
+                self._exchange(error)
             raise
 
-    def _exchange(self, failure: str | None) -> None:
-        failed = torch.tensor([failure is not None], dtype=torch.int64)
+    def _exchange(self, error: Exception | None) -> None:
+        failed = torch.tensor([error is not None], dtype=torch.int64)
         self._call(lambda dist: dist.all_reduce(failed, group=self.group))
         if failed.item():
-            failures: list[str | None] = [None] * self.size
-            self._call(lambda dist: dist.all_gather_object(failures, failure, group=self.group))
-            raise Stopped(next(text for text in failures if text is not None))
+            plain = isinstance(error, UsageError)
+            mine = (not plain, str(error) if plain else f"{type(error).__name__}: {error}") if error else None
+            failures: list[tuple[bool, str] | None] = [None] * self.size
+            self._call(lambda dist: dist.all_gather_object(failures, mine, group=self.group))
+            # What the user can mend tells more than what followed from it elsewhere.
+            raise Stopped(min(failure for failure in failures if failure is not None)[1]) from error
 
     @staticmethod
     def _call(collective: Callable[[Any], object]) -> None:

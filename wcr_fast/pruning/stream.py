@@ -24,16 +24,22 @@ Progress = Callable[[int, int], None]
 
 
 class Meter:
-    """Adds up the bytes of finished blocks and tells the caller: ``progress(done, total)``."""
+    """Adds up the bytes of finished blocks and tells the caller: ``progress(done, total)``.
 
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total, self.done, self.progress = total, 0, progress
+    Args:
+        total: bytes that pass by here.
+        progress: what to call.
+        share: their share of the bytes that several processes work on at the same pace; all are told.
+    """
+
+    def __init__(self, total: int, progress: Progress | None, share: float = 1.0) -> None:
+        self.total, self.done, self.progress, self.share = total, 0, progress, share
 
     def add(self, count: int) -> None:
         """Count finished bytes."""
         self.done += count
         if self.progress is not None:
-            self.progress(self.done, self.total)
+            self.progress(round(self.done / self.share), round(self.total / self.share))
 
     def expect(self, count: int) -> None:
         """Count bytes to do that nobody knew of before."""
