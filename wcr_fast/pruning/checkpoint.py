@@ -19,6 +19,7 @@ from wcr_fast.pruning.checkpoint_files import WEIGHTS, CheckpointFiles, check_ta
 from wcr_fast.pruning.checkpoint_plan import Plan, Scope, choose_stored, parse_scope, plan, spread
 from wcr_fast.pruning.checkpoint_record import CheckpointRecord, StoredLayer
 from wcr_fast.pruning.checkpoint_write import rehearse, write
+from wcr_fast.pruning.dcp_files import is_dcp, read_dcp
 from wcr_fast.pruning.file_keys import OpenFile
 from wcr_fast.pruning.ranks import Ranks
 from wcr_fast.pruning.safetensors_io import reading
@@ -115,8 +116,8 @@ def prune_checkpoint(
     ranks = Ranks(group)
     with ranks.together():
         source, target = Path(source), None if target is None else Path(target)
-        files, others = _check_places(source, target, dry_run, force)
-        contents = read_safetensors(files)
+        contents = read_dcp(source) if is_dcp(source) else read_safetensors(find_files(source))
+        others = _check_target(source, contents.files, target, dry_run, force)
         weights, left_out = choose_stored(contents, exclude)
         planned, stretches = spread(plan(weights, made, sparsities), contents, ranks.size)
         meter = _meter(contents, planned, stretches, dry_run, ranks, progress)
@@ -132,17 +133,16 @@ def prune_checkpoint(
     return records if several else records[0]
 
 
-def _check_places(
-    source: Path, target: Path | None, dry_run: bool, force: bool
-) -> tuple[CheckpointFiles, Sequence[Path]]:
-    """Return the files of a checkpoint, and those to copy; raise UsageError where the target may not be written."""
-    files = find_files(source)
+def _check_target(
+    source: Path, files: CheckpointFiles, target: Path | None, dry_run: bool, force: bool
+) -> Sequence[Path]:
+    """Return the files to copy; raise UsageError where the target may not be written."""
     if target is None:
         if not dry_run:
             raise UsageError("an output is needed: give OUT, or --dry-run")
-        return files, files.others
+        return files.others
     same = check_target(source, files, target, force=force)
-    return files, () if same else files.others  # else they are where they belong
+    return () if same else files.others  # else they are where they belong
 
 
 def _meter(

@@ -54,7 +54,7 @@ def find_files(source: Path) -> CheckpointFiles:
         if source.name.endswith(INDEX):
             raise UsageError(f"{source}: this is an index: give the folder, {source.parent}")
         return CheckpointFiles(source.parent, False, (Path(source.name),))
-    files = _walk(source)
+    files = walk(source)
     top = [file.name for file in files if len(file.parts) == 1]
     index = _read_index(source, top)
     if index is not None:
@@ -72,7 +72,7 @@ def find_files(source: Path) -> CheckpointFiles:
     return CheckpointFiles(source, True, shards, others, index)
 
 
-def _walk(root: Path) -> list[Path]:
+def walk(root: Path) -> list[Path]:
     """Return all files below a folder, links followed."""
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):

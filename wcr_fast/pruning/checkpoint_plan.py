@@ -48,6 +48,10 @@ def choose_stored(
             reason = reason or contents.reasons.get(tensor.name) or _unfit(tensor, packed)
             if reason:
                 left_out.append((tensor.name, reason))
+            elif tensor.name in contents.unfit:
+                raise ValueError(
+                    f"tensor {tensor.name!r}: {contents.unfit[tensor.name]}; exclude it to prune the others"
+                )
             else:
                 weights.append(tensor)
         excluder.check_all_matched(names)

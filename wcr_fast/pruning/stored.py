@@ -78,6 +78,7 @@ class Contents:
         shards: the files that hold tensors.
         tensors: in list order, which decides between equal magnitudes.
         reasons: tensor -> why the format says that it is no weight.
+        unfit: weight -> why it can't be pruned where it lies.
         checksums: what must be corrected where a stretch was changed.
     """
 
@@ -85,6 +86,7 @@ class Contents:
     shards: tuple[Shard, ...]
     tensors: tuple[StoredTensor, ...]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    unfit: Mapping[str, str] = field(default_factory=dict)
     checksums: tuple[Checksummed, ...] = ()
 
 
