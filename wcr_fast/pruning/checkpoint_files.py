@@ -53,6 +53,8 @@ def find_files(source: Path) -> CheckpointFiles:
     if not source.is_dir():
         if source.name.endswith(INDEX):
             raise UsageError(f"{source}: this is an index: give the folder, {source.parent}")
+        if source.suffix == ".distcp":
+            raise UsageError(f"{source}: a part of a checkpoint of several files: give the folder, {source.parent}")
         return CheckpointFiles(source.parent, False, (Path(source.name),))
     files = walk(source)
     top = [file.name for file in files if len(file.parts) == 1]
@@ -62,6 +64,8 @@ def find_files(source: Path) -> CheckpointFiles:
     else:
         names = sorted(name for name in top if name.endswith(WEIGHTS))
         names = ["model.safetensors"] if "model.safetensors" in names else names
+    if not names and any(name.endswith(".metadata") for name in top):
+        raise UsageError(f"{source}: each process wrote its own metadata; save the checkpoint with one for all")
     if not names:
         raise UsageError(f"{source}: nothing to prune: no .safetensors file in this folder")
     missing = [name for name in names if name not in top]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from typing import Any, BinaryIO
 
-
 # Containers that are harmless to build.
 PLAIN = {("torch", "Size"): tuple, ("collections", "OrderedDict"): dict, ("builtins", "set"): set}
 

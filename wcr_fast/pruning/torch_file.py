@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import os
-import pickle
 import struct
 import sys
 import zipfile
@@ -27,6 +27,9 @@ STORAGES = {
     "DoubleStorage": "float64",
 }
 ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# Of data.pkl, which takes some 200.
+MAX_SMALL_BYTES = 1 << 20
 
 
 class NotPlain(ValueError):
@@ -84,31 +87,43 @@ def find_tensor(fd: int, start: int, size: int) -> SavedTensor:
     try:
         with zipfile.ZipFile(stretch) as archive:
             return _find(archive, stretch)
-    except (zipfile.BadZipFile, struct.error, pickle.UnpicklingError, EOFError, KeyError, IndexError) as error:
+    except (NotPlain, OSError):
+        raise
+    except Exception as error:  # a damaged zip or pickle can lead anywhere
         raise NotPlain(f"not what torch.save writes ({type(error).__name__}: {error})") from None
 
 
 def _find(archive: zipfile.ZipFile, stretch: _Stretch) -> SavedTensor:
     root = archive.namelist()[0].partition("/")[0]
-    if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder").decode() != sys.byteorder:
+
+    def read(name: str) -> bytes:
+        start, stop = _record(stretch, archive.getinfo(f"{root}/{name}"))
+        if stop - start > MAX_SMALL_BYTES:
+            raise NotPlain(f"its {name} takes {stop - start:,} bytes")
+        return os.pread(stretch.fd, stop - start, start)
+
+    if f"{root}/byteorder" in archive.namelist() and read("byteorder").decode() != sys.byteorder:
         raise NotPlain("written on a machine with the other byte order")
-    dtype, key, offset, shape, strides = _describe(archive.read(f"{root}/data.pkl"))
+    dtype, key, offset, shape, strides = _describe(read("data.pkl"))
     info = archive.getinfo(f"{root}/data/{key}")
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise NotPlain("compressed")
-    contiguous = [*reversed(list(accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)))] if shape else []
+    record = _record(stretch, info)
+    contiguous = list(accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1]
     if any(mine != want and n > 1 for mine, want, n in zip(strides, contiguous, shape, strict=True)):
         raise NotPlain("stored in another memory order than row-major, such as channels_last")
-    fixed = os.pread(stretch.fd, 30, stretch.start + info.header_offset)
-    if fixed[:4] != b"PK\x03\x04":
-        raise NotPlain("a damaged zip: a record has no header")
-    first = stretch.start + info.header_offset + 30 + sum(struct.unpack("<HH", fixed[26:30]))
-    begin = first + offset * ITEM_BYTES[dtype]
+    begin = record[0] + offset * ITEM_BYTES[dtype]
     end = begin + math.prod(shape) * ITEM_BYTES[dtype]
-    record = (first, first + info.file_size)
     if end > record[1]:
         raise NotPlain("a damaged zip: the tensor is larger than its storage")
     return SavedTensor(dtype, shape, begin, end, record, _crc_places(archive, stretch, info, record[1]))
+
+
+def _record(stretch: _Stretch, info: zipfile.ZipInfo) -> tuple[int, int]:
+    """Return where a record's bytes lie in the file. They are not checked: torch can leave checksums out."""
+    header = os.pread(stretch.fd, 30, stretch.start + info.header_offset)
+    if header[:4] != b"PK\x03\x04" or info.compress_type != zipfile.ZIP_STORED:
+        raise NotPlain("a damaged zip, or compressed")
+    start = stretch.start + info.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+    return start, start + info.file_size
 
 
 class _Unpickler(InertUnpickler):
