@@ -44,7 +44,7 @@ def staging(target: Path, files: CheckpointFiles) -> Iterator[Path]:
             else:
                 _move_files(stage, place)
     except UsageError as error:  # name the file by the place it was meant for
-        raise UsageError(str(error).replace(str(stage), str(place))) from None
+        raise type(error)(str(error).replace(str(stage), str(place))) from None
     except OSError as error:
         raise UsageError(f"{target}: {error.strerror or error}") from None
     finally:
