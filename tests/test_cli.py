@@ -181,6 +181,20 @@ def test_progress(monkeypatch):
     assert screen.getvalue().endswith("\r\x1b[K")
 
 
+def test_progress_follows_a_change_of_pace(monkeypatch):
+    """Half as fast for the second half: the rate tells the new pace, and so does the time left."""
+    now = 0.0
+    monkeypatch.setattr(command.time, "monotonic", lambda: now)
+    log = io.StringIO()
+    with command.ProgressLine(log) as line:
+        for i in range(1, 1001):
+            now += 0.1 if i <= 500 else 0.2
+            line.show(i * 10**8, 1000 * 10**8)
+    lines = log.getvalue().splitlines()
+    assert lines[4] == "prune  50%  1.00 GB/s  50 s left"
+    assert lines[7] == "prune  80%  0.50 GB/s  40 s left"
+
+
 def run(*arguments, **kwargs):
     command = [sys.executable, "-m", "wcr_fast", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, **kwargs)

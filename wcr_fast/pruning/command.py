@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 BAR = 24
+# Rate and time left follow the last 5 seconds: writing is slower than reading.
+TICK, TICKS = 0.1, 50
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +124,7 @@ class ProgressLine:
         self.stream, self.terminal, self.verb = stream, stream.isatty(), verb
         self.begin = time.monotonic()
         self.shown_at, self.shown_tenth = self.begin, 0
+        self.marks = deque([(self.begin, 0)], maxlen=TICKS)
 
     def __enter__(self) -> ProgressLine:
         return self
@@ -133,8 +137,10 @@ class ProgressLine:
     def show(self, done: int, total: int) -> None:
         """Tell how far the work is; called for every block, so it returns at once where nothing is due."""
         now = time.monotonic()
+        if now - self.marks[-1][0] >= TICK:
+            self.marks.append((now, done))
         if self.terminal:
-            if now - self.shown_at < 0.1:
+            if now - self.shown_at < TICK:
                 return
             self.stream.write(f"\r{self._text(done, total, now)}\x1b[K")
         else:
@@ -148,7 +154,8 @@ class ProgressLine:
 
     def _text(self, done: int, total: int, now: float) -> str:
         share = done / max(total, 1)
-        rate = done / max(now - self.begin, 1e-9)
+        since, before = self.marks[0]
+        rate = (done - before) / max(now - since, 1e-9)
         left = (total - done) / max(rate, 1)
         bar = f"[{'#' * int(BAR * share):<{BAR}}] " if self.terminal else ""
         return f"{self.verb} {bar}{share:4.0%}  {rate / 1e9:.2f} GB/s  {left:.0f} s left"
