@@ -73,13 +73,15 @@ def prune_checkpoint(
     progress: Progress | None = None,
     group: ProcessGroup | None = None,
 ) -> CheckpointRecord | list[CheckpointRecord]:
-    """Prune a safetensors file or a Hugging Face folder into a new one, as a stream.
+    """Prune a safetensors file, a Hugging Face folder or a distributed checkpoint into a new one, as a stream.
 
-    Weights are the tensors of two or more dimensions in float16, bfloat16, float32 or float64; everything else
-    is copied byte for byte: other tensors, header, index, and the other files of a folder.
+    Weights are the tensors of two or more dimensions in float16, bfloat16, float32 or float64, in a distributed
+    checkpoint but for the state of an optimizer. Everything else is copied byte for byte: other tensors, header, index
+    or metadata, and the other files of a folder.
 
     Args:
-        source: a .safetensors file, or a folder with shards and their index.
+        source: a .safetensors file, a folder with shards and their index, or a folder that
+            ``torch.distributed.checkpoint.save`` has written.
         target: what to write; may be ``source`` itself with ``force``. None only with ``dry_run``.
         sparsity: the share removed, in [0, 1]; None for an n:m scope. With ``dry_run`` it may be several, which
             the same read of the files answers.
@@ -101,7 +103,9 @@ def prune_checkpoint(
             target, a full disk. Nothing is left behind.
 
     Exactness: the same weights go as with ``prune_`` on the tensors in file order (shards by name, tensors by
-    their place in the file): ``round(sparsity * N)`` over all, of equal magnitudes the earlier ones stay.
+    their place in the file) or in the order of the state_dict that a distributed checkpoint was saved from:
+    ``round(sparsity * N)`` over all, of equal magnitudes the earlier ones stay. A row or an n:m group may not lie in
+    several chunks.
 
     Example:
         >>> import tempfile, torch, safetensors.torch

@@ -16,7 +16,7 @@ class StoredLayer(LayerRecord):
 
     Attributes:
         dtype: the format's name of its dtype, such as BF16.
-        file: the name of the file that holds it.
+        file: the name of the file that holds it; several, joined by ", ", where it is sharded.
     """
 
     dtype: str = ""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import shutil
 import zlib
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -33,8 +35,10 @@ def write(job: Job, cuts: Cuts, target: Path, others: Sequence[Path]) -> None:
         stage = ranks.share(stage)
         for other in others[ranks.index :: ranks.size]:
             copy_file(files.root / other, stage / other)
+        segments = sorted((part.segment for part in job.my_parts()), key=lambda segment: (segment.shard, segment.start))
+        by_shard = {shard: list(parts) for shard, parts in groupby(segments, key=lambda segment: segment.shard)}
         for stretch in job.stretches:
-            _write_stretch(job, cuts, stretch, stage / paths[stretch.shard])
+            _write_stretch(job, cuts, stretch, by_shard.get(stretch.shard, []), stage / paths[stretch.shard])
         cuts.zeros_counted = ranks.sum(cuts.zeros_counted)
     ranks.meet()
 
@@ -52,11 +56,11 @@ def rehearse(job: Job, made: Sequence[Cuts]) -> None:
         cuts.zeros_counted = job.ranks.sum(cuts.zeros_counted)
 
 
-def _write_stretch(job: Job, cuts: Cuts, stretch: Segment, target: Path) -> None:
-    """Write a stretch of one file: copy it block by block, erasing on the way."""
-    parts = [part.segment for part in job.my_parts() if part.segment.shard == stretch.shard]
-    parts.sort(key=lambda segment: segment.start)
-    checksums = [_Crc(c) for c in job.contents.checksums if c.shard == stretch.shard and _holds(c, parts)]
+def _write_stretch(job: Job, cuts: Cuts, stretch: Segment, parts: Sequence[Segment], target: Path) -> None:
+    """Write a stretch of one file: copy it block by block, erasing in its parts, which come in order."""
+    starts = [part.start for part in parts]
+    records = (record for record in job.contents.checksums if record.shard == stretch.shard)
+    checksums = [_Crc(r) for r in records if bisect_left(starts, r.start) < bisect_left(starts, r.stop)]
 
     def store(block: Block, view: memoryview) -> None:
         for crc in checksums:
@@ -84,10 +88,6 @@ def _filled(stretch: Segment, parts: Sequence[Segment]) -> Iterator[Segment]:
         at = part.stop
     if stretch.stop > at:
         yield stretch.between(at, stretch.stop)
-
-
-def _holds(record: Checksummed, parts: Sequence[Segment]) -> bool:
-    return any(record.start <= part.start < record.stop for part in parts)
 
 
 class _Crc:

@@ -1,4 +1,4 @@
-"""``wcr-fast prune``: prune a safetensors file or a Hugging Face folder as a stream."""
+"""``wcr-fast prune``: prune a safetensors file, a Hugging Face folder or a distributed checkpoint as a stream."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ TICK, TICKS = 0.1, 50
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``wcr-fast prune``."""
-    parser.add_argument("source", metavar="IN", type=Path, help="a .safetensors file or a Hugging Face folder")
+    parser.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="a .safetensors file, a Hugging Face folder, or a folder of torch.distributed.checkpoint",
+    )
     parser.add_argument(
         "target", metavar="OUT", type=Path, nargs="?", help="what to write (may be left out with --dry-run)"
     )
