@@ -158,34 +158,39 @@ def memory_of_prune(dtype: str, size: int) -> int:
     return int(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
 
-def checkpoint_rows(dtype: torch.dtype, folder: Path) -> dict[str, float]:
-    """Return seconds of ``wcr-fast prune`` and of cp + sync on one 2 GB file, and the former's resident peak."""
+def checkpoint_rows(dtype: torch.dtype, folder: Path, shards: int) -> dict[str, float]:
+    """Return seconds of ``wcr-fast prune`` and of cp + sync on shards of 2 GB, and the former's resident peak."""
     from safetensors.torch import save_file
 
-    source, copy, pruned = folder / "model.safetensors", folder / "copy.safetensors", folder / "pruned.safetensors"
+    source, copy, pruned = folder / "model", folder / "copy", folder / "pruned"
     count = (2 << 30) // (32 << 20)
     rows = (32 << 20) // (4096 * torch.empty(0, dtype=dtype).element_size())
-    save_file({f"w{i}": torch.randn(rows, 4096).to(dtype) for i in range(count)}, source)
+    source.mkdir()
+    for shard in range(shards):
+        weights = {f"{shard}.{i}": torch.randn(rows, 4096).to(dtype) for i in range(count)}
+        save_file(weights, source / f"model-{shard + 1:05}-of-{shards:05}.safetensors")
+        del weights
 
     def timed(run: Callable[[], object]) -> float:
         for old in (copy, pruned):
-            old.unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
         os.sync()
-        with source.open("rb") as file:  # into the page cache
-            while file.read(1 << 24):
-                pass
+        for path in source.iterdir():  # into the page cache
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
 
     def copy_and_sync() -> None:
-        subprocess.run(["cp", source, copy], check=True)
-        subprocess.run(["sync", copy], check=True)
+        subprocess.run(["cp", "-r", source, copy], check=True)
+        subprocess.run(["sync", *copy.iterdir()], check=True)
 
     probe = [sys.executable, "-c", PRUNE_PROBE, "prune"]
     peaks = []
 
-    def prune_file() -> None:
+    def prune_files() -> None:
         run = [*probe, str(source), str(pruned), "--sparsity", "0.9", "--json"]
         out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
         peaks.append(int(out.splitlines()[-1]))
@@ -194,7 +199,7 @@ def checkpoint_rows(dtype: torch.dtype, folder: Path) -> dict[str, float]:
         subprocess.run([*probe, "--help"], capture_output=True, check=True)
 
     start = min(timed(start_only) for _ in range(3))
-    pairs = [(timed(prune_file) - start, timed(copy_and_sync)) for _ in range(3)]
+    pairs = [(timed(prune_files) - start, timed(copy_and_sync)) for _ in range(3)]
     ours, theirs = (sorted(column)[1] for column in zip(*pairs, strict=True))
     return {"prune": ours, "cp_sync": theirs, "peak_bytes": max(peaks)}
 
@@ -203,11 +208,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
     parser.add_argument("--checkpoint", action="store_true", help="also stream a 2 GB file (6 GB of disk)")
+    parser.add_argument("--sharded", action="store_true", help="also stream three files of 2 GB (18 GB of disk)")
     parser.add_argument("--dir", help="where the checkpoints go for a while (default: the system's temporary folder)")
     parser.add_argument("--out", type=Path, help="write the record as JSON")
     args = parser.parse_args()
     record: dict[str, object] = {
-        "command": f"python -m benchmarks.cpu --rounds {args.rounds}" + " --checkpoint" * args.checkpoint,
+        "command": f"python -m benchmarks.cpu --rounds {args.rounds}"
+        + " --checkpoint" * args.checkpoint
+        + " --sharded" * args.sharded,
         "date": datetime.date.today().isoformat(),
         "machine": {**describe_machine(), "threads": torch.get_num_threads()},
     }
@@ -245,15 +253,18 @@ def main() -> None:
             with_penalty = ratio(steps, "ours, penalty", "torch fused, add_grad_")
             rows.append((f"{kind} step time over torch's fused, {name}", ratio(steps, "ours", "torch fused"), bound))
             rows.append((f"{kind} with penalty over fused + add_grad_, {name}", with_penalty, bound))
-    if args.checkpoint:
-        for dtype in (torch.float32, torch.bfloat16):
-            folder = Path(tempfile.mkdtemp(prefix="wcr-fast-", dir=args.dir))
-            try:
-                times = ms[f"checkpoint_{dtype}"] = checkpoint_rows(dtype, folder)
-            finally:
-                shutil.rmtree(folder)
-            rows.append((f"wcr-fast prune, 2 GB {dtype}, over cp + sync", ratio(times, "prune", "cp_sync"), "<= 3"))
-            rows.append(("  its resident peak, MB", times["peak_bytes"] / 1e6, "< 600"))
+    streams = [(torch.float32, 1), (torch.bfloat16, 1)] if args.checkpoint else []
+    for dtype, shards in [*streams, *[(torch.bfloat16, 3)] * args.sharded]:
+        folder = Path(tempfile.mkdtemp(prefix="wcr-fast-", dir=args.dir))
+        try:
+            times = ms[f"checkpoint_{dtype}" + f"_{shards}_shards" * (shards > 1)] = checkpoint_rows(
+                dtype, folder, shards
+            )
+        finally:
+            shutil.rmtree(folder)
+        name, bound = f"wcr-fast prune, {2 * shards} GB {dtype}, over cp + sync", "<= 2.2" if shards > 1 else "<= 3"
+        rows.append((name, ratio(times, "prune", "cp_sync"), bound))
+        rows.append((f"  its resident peak, {2 * shards} GB {dtype}, MB", times["peak_bytes"] / 1e6, "< 600"))
     record["ratios"] = {name.strip(): value for name, value, _ in rows}
     for name, times in ms.items():
         print(name.ljust(24), "  ".join(f"{k} {v * 1e3:.2f} ms" for k, v in times.items() if k != "peak_bytes"))

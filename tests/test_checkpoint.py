@@ -1,10 +1,12 @@
 """Pruning checkpoints as a stream: equal to prune_ in memory, byte for byte elsewhere, nothing half-written."""
 
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import reference_selection as reference
@@ -13,7 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wcr_fast.errors import UsageError
-from wcr_fast.pruning import checkpoint, checkpoint_files, checkpoint_plan, file_keys, safetensors_io
+from wcr_fast.pruning import (
+    checkpoint,
+    checkpoint_cuts,
+    checkpoint_files,
+    checkpoint_plan,
+    checkpoint_write,
+    file_keys,
+    safetensors_io,
+)
 from wcr_fast.pruning.checkpoint import prune_checkpoint
 from wcr_fast.pruning.prune import prune_
 from wcr_fast.pruning.stream import Segment, blocks_of
@@ -81,7 +91,7 @@ def assert_pruned_as(out, before, keep):
 @pytest.fixture(params=["small blocks", "large blocks"])
 def block_size(request, monkeypatch):
     if request.param == "small blocks":
-        monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 512)
+        monkeypatch.setattr(checkpoint_write, "BLOCK_BYTES", 512)
         monkeypatch.setattr(checkpoint_plan, "BLOCK_BYTES", 512)
         monkeypatch.setattr(file_keys, "SWEEP_BYTES", 192)
 
@@ -275,6 +285,39 @@ def test_dry_run_writes_nothing(folder, tmp_path):
         shutil.rmtree(tmp_path / scope.replace(":", ""))
 
 
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_several_sparsities(folder, tmp_path, scope, block_size, monkeypatch):
+    """One search answers them all, each as it would be answered alone."""
+    files = contents(tmp_path)
+    sparsities = [0.9, 0.0, 0.37, 0.9, 1.0, 0.5]
+    alone = [prune_checkpoint(folder, None, s, scope=scope, dry_run=True) for s in sparsities]
+    real, ranks = checkpoint_cuts.window_search, []
+    monkeypatch.setattr(
+        checkpoint_cuts, "window_search", lambda source, keeps: ranks.append(len(keeps)) or real(source, keeps)
+    )
+    done = []
+    several = prune_checkpoint(
+        folder, None, sparsities, scope=scope, dry_run=True, progress=lambda *now: done.append(now)
+    )
+    assert several == alone
+    assert set(ranks) <= {6, 0}
+    assert done[-1][0] == done[-1][1]
+    assert contents(tmp_path) == files
+
+
+def test_several_sparsities_need_a_dry_run(folder, tmp_path):
+    for sparsity, message in [
+        ([0.5, 0.9], "--dry-run"),
+        ([0.5], "--dry-run"),
+        ([], "empty list"),
+        ([0.5, 2.0], r"\[0, 1\]"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            prune_checkpoint(folder, tmp_path / "out", sparsity)
+    assert len(prune_checkpoint(folder, None, [0.5], dry_run=True)) == 1
+    assert os.listdir(tmp_path) == ["model"]
+
+
 def test_exclude(folder, tmp_path):
     record = prune_checkpoint(folder, None, 0.5, exclude=["a", "re:[bc]\\.w.*"], dry_run=True)
     assert [layer.name for layer in record.per_layer] == ["d.weight"]
@@ -383,16 +426,17 @@ def test_full_disk(folder, tmp_path, monkeypatch):
         with pytest.raises(UsageError, match="100 free"):
             prune_checkpoint(folder, tmp_path / "out", 0.5)
     full = OSError(28, "No space left on device")
-    real, count = os.write, 0
+    reals, count = {"write": os.write, "pwrite": os.pwrite}, 0
 
-    def write(fd, data):
+    def write(name, fd, data, *place):
         nonlocal count
         count += 1
-        if count > 3:
+        if count > 5:
             raise full
-        return real(fd, data[: len(data) // 2 + 1])  # the system may write less than asked
+        return reals[name](fd, data[: len(data) // 2 + 1], *place)  # the system may write less than asked
 
-    monkeypatch.setattr(safetensors_io.os, "write", write)
+    for name in reals:
+        monkeypatch.setattr(safetensors_io.os, name, partial(write, name))
     for target in (tmp_path / "out", folder):
         with pytest.raises(UsageError, match="No space left") as caught:
             prune_checkpoint(folder, target, 0.5, force=True)
@@ -406,18 +450,24 @@ def test_full_disk(folder, tmp_path, monkeypatch):
 INTERRUPTED = """
 import os, signal, sys, time
 from wcr_fast import cli
-from wcr_fast.pruning import checkpoint, file_keys
+from wcr_fast.pruning import checkpoint_write, file_keys
 number, place = getattr(signal, sys.argv[1]), sys.argv[2]
 read = file_keys.OpenFile.read_into
 def kill(*args):
     os.kill(os.getpid(), number)
     time.sleep(0.2)
 if place == "write":
-    checkpoint.write_behind = kill
+    checkpoint_write.write_behind = kill
 else:
     file_keys.OpenFile.read_into = lambda *args: (kill(), read(*args))
 sys.exit(cli.main(sys.argv[3:]))
 """
+
+
+def interrupted(folder, tmp_path, name, place, out):
+    arguments = [name, place, "prune", folder, tmp_path / out, "--sparsity", "0.5", "--force"]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -431,13 +481,33 @@ sys.exit(cli.main(sys.argv[3:]))
 )
 def test_interrupted(folder, tmp_path, name, code, place, out):
     files = contents(folder)
-    arguments = [name, place, "prune", folder, tmp_path / out, "--sparsity", "0.5", "--force"]
-    command = [sys.executable, "-c", INTERRUPTED, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = interrupted(folder, tmp_path, name, place, out)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == ["model"]
     assert contents(folder) == files
+
+
+@pytest.mark.parametrize("out", ["out", "model"])
+def test_killed(folder, tmp_path, out):
+    """Nothing that looks finished: a hidden folder, which the next run ignores as input and removes."""
+    files, before = contents(folder), load_folder(folder)
+    done = interrupted(folder, tmp_path, "SIGKILL", "write", out)
+    assert done.returncode == -9
+    (left,) = tmp_path.glob(f"{'model/' * (out == 'model')}.{out}.*.tmp")
+    assert not (tmp_path / "out").exists()
+    assert {name: data for name, data in contents(folder).items() if left.name not in name} == files
+    alive = left.with_name(f".{out}.1.tmp")  # of a run that still goes on
+    alive.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    prune_checkpoint(folder, tmp_path / "copy", 0.5)
+    assert contents(tmp_path / "copy").keys() == files.keys()
+    prune_checkpoint(folder, tmp_path / out, 0.5, force=True)
+    assert_shards_pruned(tmp_path / out, before, 0.5)
+    assert not left.exists()
+    assert alive.exists()
+    os.close(lock)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
@@ -462,20 +532,20 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_blocks_cover_everything_once():
     segments = [
         Segment(0, 0, 100),
-        Segment(0, 100, 340, tensor=0, grain=60, unit=20),
+        Segment(0, 100, 340, part=0, grain=60, unit=20),
         Segment(0, 340, 344),
-        Segment(1, 10, 130, tensor=1, grain=4, unit=4),
+        Segment(1, 10, 130, part=1, grain=4, unit=4),
     ]
     blocks = list(blocks_of(segments, 50))
     assert all(0 < b.stop - b.start <= 50 for b in blocks)
-    parts = [p for b in blocks for p in b.parts if p.tensor == 0]
+    parts = [p for b in blocks for p in b.parts if p.part == 0]
     assert [p.start for p in parts] == [100, *(p.stop for p in parts[:-1])]
     assert parts[-1].stop == 340
     for part in parts:  # whole grains, or inside one and cut at units
         first, last = part.start - 100, part.stop - 100
         assert (first % 60 == 0 and last % 60 == 0) or (first // 60 == (last - 1) // 60 and first % 20 == 0)
     with pytest.raises(UsageError, match="one group"):
-        list(blocks_of([Segment(0, 0, 200, tensor=0, grain=200, unit=100)], 50))
+        list(blocks_of([Segment(0, 0, 200, part=0, grain=200, unit=100)], 50))
 
 
 def test_files_of_torch_save(tmp_path):

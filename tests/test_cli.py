@@ -50,6 +50,19 @@ def test_prune_prints_json(weights, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [weights]
 
 
+def test_prune_at_several_sparsities(weights, tmp_path, capsys):
+    assert cli.main(["prune", str(weights), "--dry-run", "--sparsity", ".5,0.8,1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "wcr-fast/prune-several/1"
+    assert [(record["requested"], record["zeros"]) for record in found["records"]] == [(0.5, 50), (0.8, 80), (1, 100)]
+    assert cli.main(["prune", str(weights), "--dry-run", "--sparsity", ".5,0.8,1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:3]] == ["sparsity 0.5", "sparsity 0.8", "sparsity 1"]
+    assert lines[5].split() == ["all", "100", "50.00%", "80.00%", "100.00%"]
+    assert lines[-1] == "dry run: nothing written"
+    assert list(tmp_path.iterdir()) == [weights]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -59,6 +72,8 @@ def test_prune_prints_json(weights, tmp_path, capsys):
         (["prune", "{in}", "{out}"], "sparsity"),
         (["prune", "{in}", "{out}", "--sparsity", "90"], r"\[0, 1\]"),
         (["prune", "{in}", "{out}", "--sparsity", "many"], "invalid float"),
+        (["prune", "{in}", "{out}", "--sparsity", ".5,"], "invalid float"),
+        (["prune", "{in}", "{out}", "--sparsity", ".5,.9"], "--dry-run"),
         (["prune", "{in}", "{out}", "--sparsity", ".5", "--scope", "3:2"], "3:2"),
         (["prune", "{in}", "{in}", "--sparsity", ".5"], "in.safetensors: exists already; --force"),
         (["prune", "{out}", "{in}", "--sparsity", ".5"], "out.safetensors: no such file"),
@@ -164,6 +179,20 @@ def test_progress(monkeypatch):
     assert lines[4] == "prune  50%  1.00 GB/s  50 s left"
     assert screen.getvalue().count("\r") == 101
     assert screen.getvalue().endswith("\r\x1b[K")
+
+
+def test_progress_follows_a_change_of_pace(monkeypatch):
+    """Half as fast for the second half: the rate tells the new pace, and so does the time left."""
+    now = 0.0
+    monkeypatch.setattr(command.time, "monotonic", lambda: now)
+    log = io.StringIO()
+    with command.ProgressLine(log) as line:
+        for i in range(1, 1001):
+            now += 0.1 if i <= 500 else 0.2
+            line.show(i * 10**8, 1000 * 10**8)
+    lines = log.getvalue().splitlines()
+    assert lines[4] == "prune  50%  1.00 GB/s  50 s left"
+    assert lines[7] == "prune  80%  0.50 GB/s  40 s left"
 
 
 def run(*arguments, **kwargs):

@@ -22,7 +22,10 @@ import wcr_fast
 from wcr_fast.errors import MissingExtra, UsageError
 
 COMMANDS = {
-    "prune": ("wcr_fast.pruning.command", "prune a safetensors file or a Hugging Face folder, as a stream"),
+    "prune": (
+        "wcr_fast.pruning.command",
+        "prune a safetensors file, a Hugging Face folder or a distributed checkpoint, as a stream",
+    ),
     "export": ("wcr_fast.pruning.export_command", "pack the zeros of a pruned checkpoint, or restore it"),
     "demo": ("wcr_fast.experiments.command", "train, prune and compare penalties on real data in two minutes"),
     "info": ("wcr_fast.info", "show versions, devices, the backend in use and why"),

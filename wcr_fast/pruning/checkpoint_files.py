@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import shutil
-import signal
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wcr_fast.errors import UsageError
-from wcr_fast.pruning.safetensors_io import Header, reading, sync_folder, write_all, writing
+from wcr_fast.pruning.safetensors_io import Header, reading, write_all, writing
 
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
 COPY_BYTES = 1 << 20
+# The folder in which a run prepares its files: .NAME.PID.tmp; one that is left over is no part of a checkpoint.
+STAGE = re.compile(r"\..+\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ def find_files(source: Path) -> CheckpointFiles:
     if not source.is_dir():
         if source.name.endswith(INDEX):
             raise UsageError(f"{source}: this is an index: give the folder, {source.parent}")
+        if source.suffix == ".distcp":
+            raise UsageError(f"{source}: a part of a checkpoint of several files: give the folder, {source.parent}")
         return CheckpointFiles(source.parent, False, (Path(source.name),))
-    files = _walk(source)
+    files = walk(source)
     top = [file.name for file in files if len(file.parts) == 1]
     index = _read_index(source, top)
     if index is not None:
@@ -62,6 +64,8 @@ def find_files(source: Path) -> CheckpointFiles:
     else:
         names = sorted(name for name in top if name.endswith(WEIGHTS))
         names = ["model.safetensors"] if "model.safetensors" in names else names
+    if not names and any(name.endswith(".metadata") for name in top):
+        raise UsageError(f"{source}: each process wrote its own metadata; save the checkpoint with one for all")
     if not names:
         raise UsageError(f"{source}: nothing to prune: no .safetensors file in this folder")
     missing = [name for name in names if name not in top]
@@ -72,11 +76,11 @@ def find_files(source: Path) -> CheckpointFiles:
     return CheckpointFiles(source, True, shards, others, index)
 
 
-def _walk(root: Path) -> list[Path]:
+def walk(root: Path) -> list[Path]:
     """Return all files below a folder, links followed."""
     files: list[Path] = []
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
-        subfolders.sort()
+        subfolders[:] = sorted(name for name in subfolders if not STAGE.fullmatch(name))
         real = Path(folder).resolve()
         for name in subfolders:
             path = Path(folder, name)
@@ -169,68 +173,15 @@ def _check_space(files: CheckpointFiles, target: Path, same: bool) -> None:
         raise UsageError(f"{target}: needs {needed:,} bytes, the disk has {free:,} free: nothing was written")
 
 
+def make_folders(files: Iterable[Path], root: Path) -> None:
+    """Make the folders below ``root`` that files need."""
+    for folder in sorted({parent for file in files for parent in file.parents}):
+        (root / folder).mkdir(exist_ok=True)
+
+
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes and its permissions, and put it on the disk."""
     with reading(source) as src, writing(target) as dst:
         while chunk := os.read(src, COPY_BYTES):
             write_all(dst, memoryview(chunk), target)
     shutil.copymode(source, target)
-
-
-@contextlib.contextmanager
-def staging(target: Path, files: CheckpointFiles) -> Iterator[Path]:
-    """Yield a hidden folder on the target's disk; the files written there take their places, or vanish.
-
-    A folder that doesn't exist yet appears by one rename. Else each file is replaced by a rename of its own,
-    and files of other names stay.
-    """
-    inside = target.is_dir()
-    place = target if files.is_folder else target.parent
-    stage = (target if inside else target.parent) / f".{target.name or 'wcr-fast'}.{os.getpid()}.tmp"
-    try:
-        stage.mkdir()
-        yield stage
-        _sync_folders(stage)
-        with _uninterrupted():
-            if files.is_folder and not inside:
-                os.replace(stage, target)
-                sync_folder(target.parent)
-            else:
-                _move_files(stage, place)
-    except UsageError as error:  # name the file by the place it was meant for
-        raise UsageError(str(error).replace(str(stage), str(place))) from None
-    except OSError as error:
-        raise UsageError(f"{target}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sync_folders(root: Path) -> None:
-    for folder, _, _ in os.walk(root):
-        sync_folder(Path(folder))
-
-
-def _move_files(stage: Path, place: Path) -> None:
-    touched = {place}
-    for folder, _, names in os.walk(stage):
-        to = place / Path(folder).relative_to(stage)
-        to.mkdir(exist_ok=True)
-        touched |= {to, to.parent} if to != place else {to}
-        for name in names:
-            os.replace(Path(folder, name), to / name)
-    for folder in touched:
-        sync_folder(folder)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM for the few renames: the work is done, half of it would be worse."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -20,7 +20,7 @@ from wcr_fast.pruning.checkpoint_files import (
     check_target,
     copy_file,
     find_files,
-    staging,
+    make_folders,
 )
 from wcr_fast.pruning.packed_file import (
     ZLIB_LEVEL,
@@ -32,6 +32,7 @@ from wcr_fast.pruning.packed_file import (
     write_packed,
 )
 from wcr_fast.pruning.safetensors_io import reading, write_all, writing
+from wcr_fast.pruning.staging import staging
 
 Progress = Callable[[int, int], None]
 
@@ -278,7 +279,6 @@ def _name(files: CheckpointFiles, shard: Path, target: Path) -> Path | str:
 
 
 def _copy(files: CheckpointFiles, others: Sequence[Path], stage: Path) -> None:
-    for folder in sorted({parent for other in others for parent in other.parents}):
-        (stage / folder).mkdir(exist_ok=True)
+    make_folders(others, stage)
     for other in others:
         copy_file(files.root / other, stage / other)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from wcr_fast.pruning.safetensors_io import read_into
-from wcr_fast.pruning.stream import Block, Segment, blocks_of
+from wcr_fast.pruning.stream import Block, Meter, Segment, blocks_of
 from wcr_fast.torch_path.cuts import KEY_DTYPES, comparison_dtype, keys_of
 from wcr_fast.torch_path.window import KeyBlock
 
@@ -34,13 +34,13 @@ class OpenFile:
 
 
 class FileKeys:
-    """The keys of some tensors (or parts of them) in open files, in the order given.
+    """The keys of parts of tensors in open files, in the order given.
 
     Args:
         files: the open files, indexed by ``Segment.shard``.
-        segments: where the tensors lie; the i-th is tensor i of the search.
+        segments: where the parts lie; the i-th is tensor i of the search.
         dtypes: their dtypes.
-        progress: called with the number of bytes of each block read, from any thread.
+        meter: told of each block read, from any thread, and of every sweep after the first.
     """
 
     def __init__(
@@ -48,19 +48,19 @@ class FileKeys:
         files: Sequence[OpenFile],
         segments: Sequence[Segment],
         dtypes: Sequence[torch.dtype],
-        progress: Callable[[int], None],
+        meter: Meter,
     ) -> None:
         self.dtype = comparison_dtype(dtypes)
-        # A part knows its tensor by its place in this list; keys may be cut anywhere between elements.
+        # A piece of a segment knows it by its place in this list; keys may be cut anywhere between elements.
         self.segments = [
-            Segment(s.shard, s.start, s.stop, tensor=i, grain=dtype.itemsize, unit=dtype.itemsize)
+            Segment(s.shard, s.start, s.stop, part=i, grain=dtype.itemsize, unit=dtype.itemsize)
             for i, (s, dtype) in enumerate(zip(segments, dtypes, strict=True))
         ]
         self.numels = [(s.stop - s.start) // s.unit for s in self.segments]
-        self._files, self._dtypes, self._progress = files, dtypes, progress
+        self._files, self._dtypes, self._meter = files, dtypes, meter
         self._ends = np.array(list(accumulate(self.numels)))
         self._plain = all(dtype == self.dtype for dtype in dtypes)
-        self._stopped = False
+        self._stopped, self._swept = False, False
 
     def stop(self) -> None:
         """Make running and later streams raise, from another thread."""
@@ -68,8 +68,11 @@ class FileKeys:
 
     def streams(self, count: int) -> list[Iterator[KeyBlock]]:
         """Return ``count`` iterators that share the blocks among them: whoever is ready takes the next."""
+        if self._swept:
+            self._meter.expect(sum(s.stop - s.start for s in self.segments))
+        self._swept = True
         blocks, lock = blocks_of(self.segments, SWEEP_BYTES), threading.Lock()
-        return [self._stream(blocks, lock, self._progress) for _ in range(count)]
+        return [self._stream(blocks, lock, self._meter.add) for _ in range(count)]
 
     def _stream(
         self, blocks: Iterator[Block], lock: threading.Lock, progress: Callable[[int], None]
@@ -89,7 +92,7 @@ class FileKeys:
             progress(size)
 
     def _key_block(self, block: Block, data: Tensor) -> KeyBlock:
-        tensors = [part.tensor for part in block.parts]
+        tensors = [part.part for part in block.parts]
         if self._plain:
             integer = KEY_DTYPES[self.dtype]
             keys = data.view(integer).bitwise_and_(torch.iinfo(integer).max)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wcr_fast.errors import UsageError
-from wcr_fast.pruning.checkpoint_files import CheckpointFiles, staging
+from wcr_fast.pruning.checkpoint_files import CheckpointFiles
 from wcr_fast.pruning.safetensors_io import (
     Header,
     pack_header,
@@ -23,6 +23,7 @@ from wcr_fast.pruning.safetensors_io import (
     write_all,
     writing,
 )
+from wcr_fast.pruning.staging import staging
 from wcr_fast.torch_path.bits import num_bytes
 
 FORMAT = "wcr-fast/masks/1"

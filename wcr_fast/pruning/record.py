@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -102,19 +103,24 @@ class PruneRecord:
             for layer in self.per_layer
         ]
         rows.append(("all", "", f"{self.numel:,}", f"{self.removed:,}", f"{self.zeros:,}", f"{self.achieved:.2%}"))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = [self._headline()]
-        for row in rows:
-            cells = [row[c].ljust(widths[c]) if c < 2 else row[c].rjust(widths[c]) for c in range(len(row))]
-            lines.append("  ".join(cells).rstrip())
+        lines = [self.headline(), *columns(rows)]
         lines += [f"{layer.name}: {layer.note}" for layer in self.per_layer if layer.note]
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out]
         return "\n".join(lines)
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
+        """Return the whole in one line."""
         target = f"sparsity {self.requested:g}, " if self.requested is not None else ""
         cut = f", threshold {self.threshold:.6g}" if self.threshold is not None else ""
         return f"{target}scope {self.scope}: {self.asked:,} asked, {self.pruned_now:,} pruned now{cut}"
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines of aligned columns: two of names, to the left, then numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{'<' if c < 2 else '>'}{widths[c]}}" for c, cell in enumerate(row)).rstrip() for row in rows
+    ]
 
 
 def _plain(value: float | None) -> float | str | None:

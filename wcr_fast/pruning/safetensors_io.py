@@ -196,16 +196,35 @@ def write_all(fd: int, view: memoryview, path: Path) -> None:
             raise _unwritten(path, error) from None
 
 
+def write_at(fd: int, view: memoryview, offset: int, path: Path) -> None:
+    """Write a whole buffer at a place in a file; raise UsageError naming the file where that fails."""
+    while len(view):
+        try:
+            count = os.pwrite(fd, view, offset)
+        except OSError as error:
+            raise _unwritten(path, error) from None
+        view, offset = view[count:], offset + count
+
+
+def create(path: Path, size: int) -> None:
+    """Create a file of a size, to be filled in any order; raise UsageError naming it where that fails."""
+    with writing(path) as fd:
+        try:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            raise _unwritten(path, error) from None
+
+
 def _unwritten(path: Path, error: OSError) -> UsageError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return UsageError(f"{path}: {error.strerror}{': nothing was written; free some space' if full else ''}")
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[int]:
-    """Create a file, yield its descriptor, and put it on the disk at the end; errors name the file."""
+def writing(path: Path, *, existing: bool = False) -> Iterator[int]:
+    """Create a file or open one, yield its descriptor, and put it on the disk at the end; errors name the file."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        fd = os.open(path, os.O_WRONLY | (0 if existing else os.O_CREAT | os.O_EXCL), 0o666)
     except OSError as error:
         raise _unwritten(path, error) from None
     try:
@@ -218,15 +237,16 @@ def writing(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def write_behind(fd: int, start: int, stop: int) -> None:
+def write_behind(fd: int, first: int, start: int, stop: int) -> None:
     """Let the system put finished stretches on the disk while the next ones are computed.
 
-    Called after the bytes [start, stop) were written; acts where they complete a stretch. It names all bytes so
-    far: the new ones start on their way, and pages that have arrived since are free to take the next ones.
+    Called after the bytes [start, stop) were written, following those from ``first`` on; acts where they complete a
+    stretch. It names all bytes so far: the new ones start on their way, and pages that have arrived since are free to
+    take the next ones.
     """
     whole = stop // WRITEBACK_BYTES * WRITEBACK_BYTES
     if whole > start and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, whole, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, first, whole - first, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:

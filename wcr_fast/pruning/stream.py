@@ -20,17 +20,41 @@ from wcr_fast.errors import UsageError
 BLOCK_BYTES = 8 << 20
 BUFFERS = 5
 
+Progress = Callable[[int, int], None]
+
+
+class Meter:
+    """Adds up the bytes of finished blocks and tells the caller: ``progress(done, total)``.
+
+    Args:
+        total: bytes that pass by here.
+        progress: what to call.
+        share: their share of the bytes that several processes work on at the same pace; all are told.
+    """
+
+    def __init__(self, total: int, progress: Progress | None, share: float = 1.0) -> None:
+        self.total, self.done, self.progress, self.share = total, 0, progress, share
+
+    def add(self, count: int) -> None:
+        """Count finished bytes."""
+        self.done += count
+        if self.progress is not None:
+            self.progress(round(self.done / self.share), round(self.total / self.share))
+
+    def expect(self, count: int) -> None:
+        """Count bytes to do that nobody knew of before."""
+        self.total += count
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of one file: bytes to copy, or a tensor (or a part of one) to prune.
+    """A stretch of one file: bytes to copy, or a part of a tensor to prune.
 
     Attributes:
         shard: index of the file.
         start: first byte in the file.
         stop: one past the last byte.
-        tensor: index of the tensor to prune, -1 for bytes to copy.
-        group: index of the selection it belongs to, -1 where rows or n:m groups are their own selections.
+        part: index of the part to prune, -1 for bytes to copy.
         grain: bytes that belong together (a row, or a slice along the first dimension); the segment may be
             cut between them.
         unit: finer pieces, counted from the start of a grain, at which a grain larger than a block may be cut.
@@ -39,8 +63,7 @@ class Segment:
     shard: int
     start: int
     stop: int
-    tensor: int = -1
-    group: int = -1
+    part: int = -1
     grain: int = 1
     unit: int = 1
 
@@ -54,7 +77,7 @@ class Segment:
             return min(start + room // self.grain * self.grain, self.stop)
         return min(start + room // self.unit * self.unit, start - inside + self.grain, self.stop)
 
-    def part(self, start: int, stop: int) -> Segment:
+    def between(self, start: int, stop: int) -> Segment:
         """Return the stretch of this segment between two places."""
         return dataclasses.replace(self, start=start, stop=stop)
 
@@ -86,8 +109,8 @@ def blocks_of(segments: Iterable[Segment], size: int) -> Iterator[Block]:
         while at < segment.stop:
             end = segment.cut(at, size - (stop - start))
             if end > at:
-                if segment.tensor >= 0:
-                    parts.append(segment.part(at, end))
+                if segment.part >= 0:
+                    parts.append(segment.between(at, end))
                 at = stop = end
             elif stop > start:
                 yield Block(shard, start, stop, tuple(parts))
