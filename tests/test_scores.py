@@ -9,6 +9,7 @@ from torch import nn
 
 import wcr_fast
 from wcr_fast import Score, score_masks
+from wcr_fast.score import inverse_rms
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -158,6 +159,18 @@ def test_normalised_ignores_a_layers_scale():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not torch.equal(before[0], wcr_fast.magnitude_masks([weights[0] * 1024, weights[1]], 0.7)[0])
     assert score_masks([torch.zeros(4, 4)], 0.5, "normalised")[0].sum() == 8
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_a_layers_scale_has_no_order_and_is_right(scale):
+    for dtype in (torch.float32, torch.float64):
+        weight = (torch.randn(70, 90) * scale).to(dtype)
+        shuffled = weight.view(-1)[torch.randperm(weight.numel())].view(90, 70).t()
+        (one,), (other,) = inverse_rms([weight]), inverse_rms([shuffled])
+        assert torch.equal(one, other)
+        assert one.item() == pytest.approx(1 / weight.double().square().mean().sqrt().item(), rel=1e-6)
+    assert inverse_rms([torch.zeros(3), torch.empty(0)]) == (torch.tensor(1.0), torch.tensor(1.0))
+    assert inverse_rms([torch.tensor([1.0, math.inf])])[0].isnan()
 
 
 def lamp(weight):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Weights squared at a time.
+PIECE = 1 << 20
 #: What the number beside a weight belongs to: the element, its input (column), or its layer.
 KINDS = ("element", "column", "layer")
 
@@ -101,11 +104,23 @@ def compute(score: Score, w: Tensor, a: Tensor) -> Tensor:
 def inverse_rms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return 1 / sqrt(mean(w^2)) of each tensor, 0-d float32 (float64 for float64); 1 where all weights are zero.
 
-    Sums are in float64, so backends differ by a unit in the last place at most, and rarely.
+    Squares are rounded to a fixed point below the largest one, with as many bits as a 63-bit sum has room for. Such a sum
+    has no order: every device and layout gives the same bits. Waits for the device.
     """
-    found = []
-    for t in tensors:
-        wide = torch.float64 if t.dtype == torch.float64 else torch.float32
-        rms = torch.linalg.vector_norm(t.detach(), dtype=torch.float64) / max(t.numel(), 1) ** 0.5
-        found.append(torch.where(rms > 0, 1.0 / rms, torch.ones_like(rms)).to(wide))
-    return tuple(found)
+    return tuple(map(_inverse_rms, tensors))
+
+
+def _inverse_rms(tensor: Tensor) -> Tensor:
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    pieces = tensor.detach().reshape(-1).split(PIECE)
+    largest = max((float(piece.abs().max()) for piece in pieces if piece.numel()), default=0.0)
+    scale = math.nan
+    if largest == 0.0:
+        scale = 1.0
+    elif math.isfinite(largest):
+        exponent, bits = math.frexp(largest)[1], 62 - tensor.numel().bit_length()
+        half = exponent // 2  # in two steps, as one factor may be out of range
+        below_one = (piece.double() * 2.0**-half * 2.0 ** (half - exponent) for piece in pieces)
+        total = sum(int((x.square() * 2.0**bits).round().long().sum()) for x in below_one)
+        scale = 1.0 / math.ldexp(math.sqrt(total / (tensor.numel() << bits)), exponent)
+    return torch.tensor(scale, dtype=torch.float64, device=tensor.device).to(wide).clamp_(max=torch.finfo(wide).max)

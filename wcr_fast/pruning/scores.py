@@ -60,8 +60,7 @@ def score_masks(
         ValueError: aux missing or of the wrong shape, a negative or NaN score (naming the weight), floors and caps that
             leave no room for the number of weights to keep. TypeError: for DTensors.
 
-    Exactness: the same masks whatever backend, device and memory format; the scale of ``"normalised"`` alone may
-    differ by a unit in the last place between devices.
+    Exactness: the same masks whatever backend, device and memory format.
 
     Example:
         >>> import torch, wcr_fast
