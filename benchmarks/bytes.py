@@ -45,6 +45,7 @@ from wcr_fast.torch_path.bits import num_words
 
 SCHEMA = "wcr-fast/bytes/1"
 TOLERANCE = 0.02
+SECTOR = 32  # bytes that cross the bus together
 DTYPES = (torch.float32, torch.bfloat16)
 RULE, R = ("wcr", 1e-8), 1e-8
 
@@ -58,49 +59,75 @@ _ACCESSES = {
 
 
 class Counter:
-    """Bytes that interpreted kernels move: by kernel, in the given tensors' memory ("data") and elsewhere ("rest")."""
+    """Bytes that interpreted kernels move: by kernel, in the given tensors' memory ("data") and elsewhere ("rest").
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    In sectors, every 32 bytes that a program touches count once and whole, as its first-level cache joins them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], *, sectors: bool = False) -> None:
         spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors)
         self._starts, self._ends = (np.array(side, dtype=np.uint64) for side in zip(*spans, strict=True))
         self.bytes: dict[str, dict[str, int]] = defaultdict(lambda: {"data": 0, "rest": 0})
         self._kernel = ""
+        self._touched: dict[tuple[int, int], list[np.ndarray]] | None = defaultdict(list) if sectors else None
 
     def add_torch(self, arrays: Sequence[Any]) -> None:
         """Count one read or write of every tensor among these, between the kernels."""
         tensors = [a for a in arrays if isinstance(a, Tensor)]
         self.bytes[TORCH]["rest"] += sum(t.numel() * t.element_size() for t in tensors)
 
-    def add(self, pointers: Any, mask: Any, times: int) -> None:
-        """Count one access by a block of addresses."""
+    def add(self, place: int, pointers: Any, mask: Any, times: int) -> None:
+        """Count one access by a block of addresses; ``place`` tells kinds of accesses apart."""
         item = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         addresses = np.asarray(pointers.data, dtype=np.uint64)
         if mask is not None:
             addresses = addresses[np.broadcast_to(np.asarray(mask.data, dtype=bool), addresses.shape)]
+        if self._touched is None:
+            self._count(addresses, times * item)
+        else:
+            self._touched[place, times].append(addresses.reshape(-1) // SECTOR)
+
+    def end_program(self) -> None:
+        """Count the sectors that one program has touched."""
+        for (_, times), touched in (self._touched or {}).items():
+            self._count(np.unique(np.concatenate(touched)) * SECTOR, times * SECTOR)
+        if self._touched:
+            self._touched.clear()
+
+    def _count(self, addresses: np.ndarray, size: int) -> None:
         span = np.searchsorted(self._starts, addresses, side="right")
         inside = int(((span > 0) & (addresses < self._ends[np.maximum(span, 1) - 1])).sum())
         counts = self.bytes[self._kernel]
-        counts["data"] += times * item * inside
-        counts["rest"] += times * item * (addresses.size - inside)
+        counts["data"] += size * inside
+        counts["rest"] += size * (addresses.size - inside)
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count what the kernels do inside the block."""
         with contextlib.ExitStack() as stack:
-            for name, (place, mask_place, times) in _ACCESSES.items():
+            for kind, (name, (place, mask_place, times)) in enumerate(_ACCESSES.items()):
                 method = getattr(InterpreterBuilder, name)
 
-                def counted(builder, *args, _call=method, _place=place, _mask=mask_place, _times=times):
-                    self.add(args[_place], None if _mask is None else args[_mask], _times)
+                def counted(builder, *args, _call=method, _kind=kind, _place=place, _mask=mask_place, _times=times):
+                    self.add(_kind, args[_place], None if _mask is None else args[_mask], _times)
                     return _call(builder, *args)
 
                 stack.enter_context(mock.patch.object(InterpreterBuilder, name, counted))
+            next_program = InterpreterBuilder.set_grid_idx
+
+            def ended(builder, *index):
+                self.end_program()
+                return next_program(builder, *index)
+
+            stack.enter_context(mock.patch.object(InterpreterBuilder, "set_grid_idx", ended))
             launch = GridExecutor.__call__
 
             def named(executor, *args, **kwargs):
                 self._kernel = executor.fn.__name__
                 with _disable_current_modes():  # the interpreter copies its arguments to and fro
-                    return launch(executor, *args, **kwargs)
+                    result = launch(executor, *args, **kwargs)
+                self.end_program()
+                return result
 
             stack.enter_context(mock.patch.object(GridExecutor, "__call__", named))
             stack.enter_context(_TorchOps(self))
@@ -158,6 +185,7 @@ class Op:
     floors: dict[str, Callable[[int], float]]  # kernel, or ALL -> bytes per weight, from the weights' item size
     prepare: Callable[[Sequence[Shape], torch.dtype], tuple[Callable[[], object], list[Tensor]]]
     shapes: Sequence[Shape] | None = None  # of its own list, where the usual one doesn't show it
+    sectors: bool = False  # count whole sectors: of accesses that are not of neighbours
 
 
 # Stands for all kernels of an op together.
@@ -239,6 +267,7 @@ OPS = (
     Op("SGD + penalty + mask bits", {"_step_kernel": _arrays(5, 0.125)}, _step("SGD", masked=True)),
     Op("AdamW + penalty + mask bits", {"_step_kernel": _arrays(7, 0.125)}, _step("AdamW", masked=True)),
     Op("2:4 in place", {"_nm_kernel": _arrays(2)}, _nm),
+    Op("2:4 in place, 3x3", {"_nm_kernel": _arrays(2)}, _nm, [(512, 256, 3, 3)], sectors=True),
     Op("threshold", {ALL: {2: 2.08, 4: 4.35}.__getitem__}, _threshold(warm=False), HUGE),
     Op("threshold, warm", {ALL: {2: 2.08, 4: 4.17}.__getitem__}, _threshold(warm=True), HUGE),
     Op("mask in place", {ALL: _arrays(2)}, _mask, HUGE),
@@ -251,7 +280,7 @@ def count(op: Op, name: str, shapes: Sequence[Shape], dtype: torch.dtype) -> lis
     """Run an op in the interpreter and return what its kernels moved."""
     with wcr_fast.backend("triton"), torch.no_grad():
         call, arrays = op.prepare(shapes, dtype)
-        counter = Counter(arrays)
+        counter = Counter(arrays, sectors=op.sectors)
         with counter.counting():
             call()
     weights = sum(torch.Size(shape).numel() for shape in shapes)

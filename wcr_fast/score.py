@@ -104,8 +104,8 @@ def compute(score: Score, w: Tensor, a: Tensor) -> Tensor:
 def inverse_rms(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return 1 / sqrt(mean(w^2)) of each tensor, 0-d float32 (float64 for float64); 1 where all weights are zero.
 
-    Squares are rounded to a fixed point below the largest one, with as many bits as a 63-bit sum has room for. Such a sum
-    has no order: every device and layout gives the same bits. Waits for the device.
+    Squares are rounded to a fixed point below the largest one, with as many bits as a 63-bit sum has room for. Such a
+    sum has no order: every device and layout gives the same bits. Waits for the device.
     """
     return tuple(map(_inverse_rms, tensors))
 

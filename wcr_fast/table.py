@@ -40,8 +40,8 @@ def _refuse_capture(device: torch.device) -> None:
         raise RuntimeError(
             "a CUDA graph capture can't build the tables of an op: run the op once on the capture stream before "
             "capturing: `with torch.cuda.stream(s): ...`, then `torch.cuda.graph(g, stream=s)`, with the same "
-            "tensors; an op that sends new numbers at every call (selection), or copies a gradient whose dtype or "
-            "layout isn't its weight's, can't be captured"
+            "tensors; an op that copies a weight with gaps, or a gradient whose dtype or layout isn't its weight's, "
+            "can't be captured"
         )
 
 

@@ -159,11 +159,17 @@ def apply_rows(views: Sequence[Tensor], num_keep: Sequence[int], out_views: Sequ
     return bad
 
 
-def _groups(view: Tensor, m: int) -> tuple[int, ...]:
+def _groups(view: Tensor, m: int, order: Sequence[int]) -> tuple[int, ...]:
     """Return the columns of a view's n:m groups: distance inside a group, layout of their first elements."""
-    step = view.stride(-1)
     shape = (*view.shape[:-1], view.shape[-1] // m)
-    return (step, *_layout(shape, (*view.stride()[:-1], m * step)))
+    strides = (*view.stride()[:-1], m * view.stride(-1))
+    return (view.stride(-1), *_layout([shape[d] for d in order], [strides[d] for d in order]))
+
+
+def _memory_order(view: Tensor, m: int) -> list[int]:
+    """Return the dimensions of a view's groups, farthest first: so a program's groups lie side by side."""
+    strides = (*view.stride()[:-1], m * view.stride(-1))
+    return sorted(range(view.dim()), key=lambda d: -strides[d])
 
 
 def apply_nm(views: Sequence[Tensor], n: int, m: int, out_views: Sequence[Tensor] | None = None) -> None:
@@ -185,8 +191,9 @@ def apply_nm(views: Sequence[Tensor], n: int, m: int, out_views: Sequence[Tensor
         listed = [views[i] for i in positions]
         extra = []
         for i in positions:
-            out = (0, *_NO_LAYOUT) if out_views is None else _groups(out_views[i], m)
-            extra.append((*_groups(views[i], m), *out))
+            order = _memory_order(views[i], m)
+            out = (0, *_NO_LAYOUT) if out_views is None else _groups(out_views[i], m, order)
+            extra.append((*_groups(views[i], m, order), *out))
         lengths = [v.numel() // v.shape[-1] * (v.shape[-1] // m) for v in listed]
         table = build_table(listed, positions, groups_per_chunk(m), lengths=lengths, extra=extra)
         outs = None if out_views is None else table.addresses([out_views[i] for i in positions])
