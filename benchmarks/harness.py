@@ -229,7 +229,8 @@ def _memory(field: str) -> int:
 
 def _watched_memory() -> int | None:
     """Return the resident memory, its peak started anew; None where there is no such thing."""
-    with contextlib.suppress(OSError, AttributeError):  # what malloc kept of earlier calls would be reused unseen
+    # What malloc kept of earlier calls would be reused unseen; only glibc gives it back.
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
