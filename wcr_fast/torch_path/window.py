@@ -126,16 +126,17 @@ class Tally:
         wanted = [window.limit > 0 or window.bins > 1 for window in self.windows]
         bounds = [w.lo for w in self.windows], [w.hi for w in self.windows]
         scanner = Scanner(*bounds, wanted, self.top, ends=first)
+        inside = np.zeros(len(self.windows), np.int64)
         for block in blocks:
-            scan = scanner.scan(block)
-            tensors = block.tensors
+            scan, tensors = scanner.scan(block), block.tensors
             self.zeros[tensors] += scan.zeros
             self.bad[tensors] |= scan.bad
+            self.above[:, tensors] += scan.above
+            self.inside[:, tensors] += scan.inside
+            inside += scan.inside.sum(axis=1)
             for i, window in enumerate(self.windows):
-                self.above[i, tensors] += scan.above[i]
-                self.inside[i, tensors] += scan.inside[i]
                 if window.limit:
-                    if scan.found[i].size and self.inside[i].sum() <= window.limit:
+                    if scan.found[i].size and inside[i] <= window.limit:
                         self.keys[i].append(scan.found[i].copy())
                         self.owners[i].append((tensors, scan.inside[i]))
                 elif wanted[i]:
