@@ -354,8 +354,8 @@ def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> lis
 def at_places(keys: np.ndarray, places: Sequence[int]) -> np.ndarray:
     """Return ``np.sort(keys, axis=None)[places]``: one histogram, then only the bins at these places are ranked."""
     keys = keys.reshape(-1)
-    least = keys.min()
-    offsets = (keys - least) >> max(0, int(keys.max() - least).bit_length() - 12)
+    offsets = keys - keys.min()
+    offsets >>= max(0, int(offsets.max()).bit_length() - 12)
     ends = np.cumsum(np.bincount(offsets))
     bins = np.searchsorted(ends, places, side="right").tolist()
     ranked = {b: np.sort(keys[offsets == b]) for b in set(bins)}
