@@ -135,10 +135,15 @@ def status(field):
 """
 MEMORY_PROBE = f"""{PEAK}
 import sys, torch, wcr_fast
+from wcr_fast import native
+from wcr_fast.torch_path import scan
 dtype = getattr(torch, sys.argv[1])
 numel = int(sys.argv[2]) // dtype.itemsize
 weights = [torch.randn(500, 500).to(dtype) for _ in range(numel // 250_000)]
-wcr_fast.prune_(torch.randn(1000).to(dtype), 0.5)  # code that the first call loads is no memory of this one
+# Code that the first call loads is no memory of this one.
+wcr_fast.prune_(torch.randn(1000).round().to(dtype), 0.75)
+if native.wanted():
+    scan.build()
 before = status("VmRSS")
 record = wcr_fast.prune_(weights, 0.9)
 print(status("VmHWM") - before)

@@ -27,7 +27,7 @@ def wheel_names(tmp_path_factory):
 def test_wheel_content(wheel_names):
     top = {name.split("/")[0] for name in wheel_names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"wcr_fast"}
-    for needed in ("py.typed", "watch.cpp", "kernels/moments.py", "cli.py", "ops/moments.py"):
+    for needed in ("py.typed", "watch.cpp", "torch_path/scan.c", "kernels/moments.py", "cli.py", "ops/moments.py"):
         assert f"wcr_fast/{needed}" in wheel_names
     for package in ROOT.glob("wcr_fast/**/__init__.py"):
         assert str(package.relative_to(ROOT)) in wheel_names

@@ -5,8 +5,10 @@
 """
 
 import os
+import threading
 import warnings
 
+import numpy as np
 import pytest
 import reference_selection as ref
 import torch
@@ -15,7 +17,7 @@ from random_lists import draw
 
 import wcr_fast
 from wcr_fast.pruning.magnitude import magnitude_masks, magnitude_threshold
-from wcr_fast.torch_path import blocks, select, window
+from wcr_fast.torch_path import blocks, scan, select, window
 
 CHUNK = 50
 TORCH_LISTS = int(os.environ.get("WCR_FAST_RANDOM_LISTS", 300))
@@ -60,17 +62,32 @@ def check_all(seeds, device="cpu", limit=3000):
             raise
 
 
+@pytest.fixture(params=["numpy", "compiled"])
+def scanning(request, monkeypatch):
+    """Run the test with both ways to scan blocks of keys."""
+    if request.param == "numpy":
+        monkeypatch.setattr(scan, "_library", None)
+        monkeypatch.setenv("WCR_FAST_NATIVE", "0")
+    else:
+        try:
+            scan.build()
+        except (OSError, RuntimeError) as error:
+            pytest.skip(str(error))
+    return request.param
+
+
 def narrow(monkeypatch, block):
     """Make samples, buffers and blocks so small that lists of a few thousand weights reach every branch."""
     for name, value in {"SAMPLE_MIN": 128, "SAMPLE_MAX": 64, "MARGIN": 0.5, "BINS": 8}.items():
         monkeypatch.setattr(window, name, value)
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "COMPILED", 3 * block)
     monkeypatch.setattr(blocks, "SERIAL", block)
     monkeypatch.setattr(select, "SERIAL", block)
 
 
 @pytest.mark.parametrize("seeds", chunks(TORCH_LISTS), ids=str)
-def test_torch_path_equals_a_stable_sort(seeds, monkeypatch):
+def test_torch_path_equals_a_stable_sort(seeds, scanning, monkeypatch):
     with wcr_fast.backend("torch"):
         check_all(seeds[::2])
         narrow(monkeypatch, 100 + seeds.start % 997)
@@ -84,7 +101,7 @@ def test_triton_path_equals_a_stable_sort(seeds):
         check_all(seeds, "cuda" if CUDA else "cpu", limit=3000 if CUDA else 300)
 
 
-def test_every_branch_of_the_search_is_reached(monkeypatch):
+def test_every_branch_of_the_search_is_reached(scanning, monkeypatch):
     reached = set()
     resolve = window._Search._resolve
 
@@ -104,3 +121,48 @@ def test_every_branch_of_the_search_is_reached(monkeypatch):
     with wcr_fast.backend("torch"):
         check_all(range(1, 200, 2))
     assert reached == {"hit", "miss up", "miss down", "overflow", "histogram", "histogram of single keys"}
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64], ids=lambda d: d.__name__)
+def test_compiled_scan_counts_and_finds_as_numpy_does(dtype, monkeypatch):
+    try:
+        scan.build()
+    except (OSError, RuntimeError) as error:
+        pytest.skip(str(error))
+    library, top = scan._library, 31_000
+    rng = np.random.default_rng(0)
+    for size in (1, 7, 1023, 1024, 1025, 5000):
+        patterns = rng.integers(0, 500, size).astype(dtype)
+        patterns[rng.random(size) < 0.3] |= np.iinfo(dtype).min  # negative weights
+        patterns[: size // 1024] = top  # NaN
+        starts = sorted({0, *rng.integers(0, size, 5).tolist()})
+        block = scan.KeyBlock(range(len(starts)), starts, patterns, signed=True)
+        lo, hi = [0, 3, 90, 400], [1, 90, 95, top]
+        for wanted in ([True] * 4, [True, False, False, True]):
+            scanner, found = scan.Scanner(lo, hi, wanted, top), []
+            for way in (None, library):
+                monkeypatch.setattr(scan, "_library", way)
+                found.append(scanner.scan(block))
+            by_numpy, compiled = found
+            assert np.array_equal(by_numpy.bad, compiled.bad)
+            assert np.array_equal(by_numpy.zeros, compiled.zeros)
+            clean = ~by_numpy.bad
+            assert np.array_equal(by_numpy.above[:, clean], compiled.above[:, clean])
+            assert np.array_equal(by_numpy.inside[:, clean], compiled.inside[:, clean])
+            if clean.all():
+                assert all(np.array_equal(a, b) for a, b in zip(by_numpy.found, compiled.found, strict=True))
+
+
+def test_without_a_compiler_numpy_does_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("WCR_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(scan, "_library", None)
+    monkeypatch.setattr(scan, "_asked", False)
+    monkeypatch.setattr(window, "THREADED", 100)
+    before = set(threading.enumerate())
+    with wcr_fast.backend("torch"):
+        check_all(range(40))
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    assert scan._asked
+    assert not scan.compiled()

@@ -122,7 +122,7 @@ class Scanner:
     def _compiled(self, block: KeyBlock, library: ctypes.CDLL) -> Scan:
         starts, keys, count = block.starts, block.keys, len(self.lo)
         if keys.size > self._out.shape[1] or keys.dtype != self._out.dtype:
-            # Memory that is never written to isn't taken: keys lie in one window at most.
+            # Memory that is never written to is never taken: a key lies in one window at most.
             self._out = np.empty((count + 1, keys.size), keys.dtype)
             self._bounds = np.stack([self.lo, self.hi], axis=1).astype(keys.dtype)
             self._wanted = np.append(self.wanted, False).astype(np.uint8)

@@ -126,16 +126,17 @@ class Tally:
         wanted = [window.limit > 0 or window.bins > 1 for window in self.windows]
         bounds = [w.lo for w in self.windows], [w.hi for w in self.windows]
         scanner = Scanner(*bounds, wanted, self.top, ends=first)
+        inside = np.zeros(len(self.windows), np.int64)
         for block in blocks:
-            scan = scanner.scan(block)
-            tensors = block.tensors
+            scan, tensors = scanner.scan(block), block.tensors
             self.zeros[tensors] += scan.zeros
             self.bad[tensors] |= scan.bad
+            self.above[:, tensors] += scan.above
+            self.inside[:, tensors] += scan.inside
+            inside += scan.inside.sum(axis=1)
             for i, window in enumerate(self.windows):
-                self.above[i, tensors] += scan.above[i]
-                self.inside[i, tensors] += scan.inside[i]
                 if window.limit:
-                    if scan.found[i].size and self.inside[i].sum() <= window.limit:
+                    if scan.found[i].size and inside[i] <= window.limit:
                         self.keys[i].append(scan.found[i].copy())
                         self.owners[i].append((tensors, scan.inside[i]))
                 elif wanted[i]:
@@ -353,8 +354,8 @@ def sample_spans(lines: np.ndarray, shares: Sequence[float], whole: bool) -> lis
 def at_places(keys: np.ndarray, places: Sequence[int]) -> np.ndarray:
     """Return ``np.sort(keys, axis=None)[places]``: one histogram, then only the bins at these places are ranked."""
     keys = keys.reshape(-1)
-    least = keys.min()
-    offsets = (keys - least) >> max(0, int(keys.max() - least).bit_length() - 12)
+    offsets = keys - keys.min()
+    offsets >>= max(0, int(offsets.max()).bit_length() - 12)
     ends = np.cumsum(np.bincount(offsets))
     bins = np.searchsorted(ends, places, side="right").tolist()
     ranked = {b: np.sort(keys[offsets == b]) for b in set(bins)}
