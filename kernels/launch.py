@@ -70,6 +70,10 @@ _CONFIGS = {
     ("fine", 2): LaunchConfig(4096, 8),
     ("fine", 4): LaunchConfig(2048, 8),
     ("fine", 8): LaunchConfig(1024, 8),
+    # Two streams are read.
+    ("fine scores", 2): LaunchConfig(2048, 8),
+    ("fine scores", 4): LaunchConfig(1024, 8),
+    ("fine scores", 8): LaunchConfig(512, 8),
     ("survey", 2): LaunchConfig(4096, 8),
     ("survey", 4): LaunchConfig(4096, 8),
     ("survey", 8): LaunchConfig(2048, 8),

@@ -41,7 +41,7 @@ from ._tile import (
     locate,
     magnitude_key,
 )
-from .launch import CHUNK, OPTIONS, TRITON_DTYPES, Variant, config, launch
+from .launch import CHUNK, OPTIONS, TRITON_DTYPES, LaunchConfig, Variant, config, launch
 from .scores import product, scaled
 
 # The key of infinity; what lies above is NaN. The torch path has its own copy in wcr_fast.torch_path.cuts: kernels
@@ -744,7 +744,11 @@ def _pass_constants(
     constants |= {"PER_LAYER": per_layer, "FIRST": first}
     if by_code:
         return constants | {"HISTOGRAM": how.histogram, "INLINE": how.inline, "BLOCK": config("codes", dtype).block}
-    return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": config("fine", dtype).block}
+    return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": _fine_config(dtype, score).block}
+
+
+def _fine_config(dtype: torch.dtype, score: KeyFormula) -> LaunchConfig:
+    return config("fine" if score.formula is None else "fine scores", dtype)
 
 
 def _survey_constants(dtype: torch.dtype) -> dict:
@@ -843,7 +847,7 @@ def launch_fine(
     wide = hist.dtype == torch.int64
     args = rows, block_to_tensor, state, hist, bad, num_queries, hist.shape[1]
     constants = _pass_constants(dtype, key_dtype, per_layer, first, wide, counting(), score)
-    launch(_fine_kernel, block_to_tensor.numel(), args, constants, config("fine", dtype).options())
+    launch(_fine_kernel, block_to_tensor.numel(), args, constants, _fine_config(dtype, score).options())
 
 
 def launch_resolve(
@@ -942,10 +946,10 @@ def _score_variants() -> list[Variant]:
                     f"{dtype} {label}".replace("torch.", ""),
                     signature,
                     _pass_constants(dtype, torch.float32, False, True, False, counting("cuda"), formula),
-                    config("fine", dtype).warps,
+                    _fine_config(dtype, formula).warps,
                     streams=1 + numbers,
                     bytes_per_element=(1 + numbers) * dtype.itemsize,
-                    options=config("fine", dtype).options(),
+                    options=_fine_config(dtype, formula).options(),
                     backend="cuda",
                 )
             )
