@@ -440,6 +440,7 @@ def _narrow(state_ptr, hist_ptr, sums, warm_ptr, max_bins, TOP: tl.constexpr, PA
     keep = tl.load(state_ptr + _KEEP)
     above = tl.load(state_ptr + _ABOVE, cache_modifier=".cg")
     width = tl.load(state_ptr + _WIDTH)
+    tl.debug_barrier()  # all threads have read before one of them writes
     inside = tl.sum(sums)
     settled = tl.zeros((), tl.int32)
     if keep <= above:

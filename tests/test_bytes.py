@@ -75,6 +75,8 @@ def test_a_selection_reads_weights_once(name, dtype, monkeypatch):
 
     monkeypatch.setattr(cuts, "SAMPLE_FROM", 1)
     monkeypatch.setattr(cuts, "SAMPLES", dict.fromkeys(cuts.SAMPLES, 1 << 12))
+    if dtype == torch.float32:  # what so small a sample says is wider than the histogram of so small a list
+        monkeypatch.setattr(cuts, "_max_bins", lambda *_: 1 << 22)
     (op,) = (op for op in OPS if op.name == name)
     (row,) = count(op, "small", [(300, 400)], dtype)
     sampled = 0.0 if name != "threshold" else 4096 * dtype.itemsize / 120_000
