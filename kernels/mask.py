@@ -81,7 +81,7 @@ def _count_ties(
 
 
 @triton.jit
-def _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, count, PER_LAYER: tl.constexpr):
+def _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, PER_LAYER: tl.constexpr):
     """Return how many ties of a chunk stay, how many there are, and whether the tensor's ties are cut in the middle."""
     first_ptr = ties_before_ptr + tl.load(row_ptr + _COL_ORDER)
     first = tl.load(first_ptr)
@@ -116,7 +116,7 @@ def _ties_kernel(
     segment = tl.load(row_ptr + ROW_POSITION) if PER_LAYER else 0
     start = chunk * _CHUNK
     count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
-    _, _, cut_here = _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, count, PER_LAYER)
+    _, _, cut_here = _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, PER_LAYER)
     if cut_here:
         layout_ptr = row_ptr + _COL_LAYOUT
         cut = tl.load(key_ptr + segment)
@@ -238,7 +238,7 @@ def _mask_kernel(
     if PASS == _COUNT:
         quota, here = count, count  # more than there can be
     else:
-        quota, here, cut_here = _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, count, PER_LAYER)
+        quota, here, cut_here = _quota(row_ptr, ties_before_ptr, quota_ptr, segment, chunk, PER_LAYER)
         if (tl.load(row_ptr + _COL_PERMUTED) != 0) & cut_here:
             quota = here  # which ones stay, a pass in logical order will tell
         if PASS == _TRIM:

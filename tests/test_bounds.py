@@ -96,6 +96,7 @@ def test_bounds_with_a_score():
     assert all(torch.equal(m, w) for m, w in zip(found, by_hand(scores, 0.6, [180, 30], [600, 100]), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:prune_. nothing is left")
 def test_pruning_with_bounds_records_who_was_held():
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30), nn.Linear(30, 10))
@@ -115,6 +116,8 @@ def test_pruning_with_bounds_records_who_was_held():
     assert record.threshold is None
     for layer, module in zip(record.per_layer, model, strict=True):
         assert layer.threshold == module.weight[module.weight != 0].abs().min().item()
+    unheld = prune_([torch.ones(4, 4), torch.full((2, 2), 1e-3)], 0.2, cap=1.0)
+    assert [(layer.removed, layer.note) for layer in unheld.per_layer] == [(0, ""), (4, "")]
     again = prune_(model, 0.9, floor={"1.weight": 0.05, "*": 0.0}, cap={"2.*": 0.4})
     assert again.pruned_now == 0
 

@@ -244,7 +244,8 @@ class Plan:
             after = select.survey(tensors)[0].cpu().numpy()
         thresholds = values_of(cuts.key[:, 0], cuts.dtype).tolist()
         thresholds *= len(tensors) // len(thresholds)
-        notes = [self.ranking.note(i, int(n)) for i, n in enumerate(numels - removed)]
+        kept = (numels - removed).tolist()
+        notes = [self.ranking.note(i, *counts) for i, counts in enumerate(zip(kept, numels.tolist(), strict=True))]
         return self._record(q, removed.tolist(), after.tolist(), thresholds, notes)
 
     def _record(

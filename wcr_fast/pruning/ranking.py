@@ -127,11 +127,13 @@ class Ranking:
             bad = ops.find_cuts(tensors, [[0]], self.scored).bad
         select.raise_on_nan(bad, labels, op, score=self.name)
 
-    def note(self, i: int, kept: int) -> str:
-        """Return what a record says of layer i."""
-        if self.low is None or kept not in (self.low[i], self.high[i]):
-            return ""
-        return f"held at its {'floor' if kept == self.low[i] else 'cap'} of {kept:,} weights"
+    def note(self, i: int, kept: int, numel: int) -> str:
+        """Return what a record says of layer i of so many weights; no floor is 0, no cap is all of them."""
+        if self.low is not None and 0 < kept == self.low[i]:
+            return f"held at its floor of {kept:,} weights"
+        if self.high is not None and kept == self.high[i] < numel:
+            return f"held at its cap of {kept:,} weights"
+        return ""
 
     def _check_feasible(self, keeps: Sequence[int], tensors: Sequence[Tensor], op: str) -> None:
         total, least, most = sum(t.numel() for t in tensors), sum(self.low), sum(self.high)
