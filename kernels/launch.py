@@ -26,6 +26,11 @@ TRITON_DTYPES = {
     torch.float64: tl.float64,
 }
 
+# The key of infinity; what lies above is NaN. The torch path has its own copy in wcr_fast.torch_path.cuts: kernels
+# import nothing from the package, and that path imports nothing that needs Triton.
+INF_KEYS = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
+INF_KEYS[torch.float64] = 0x7FF0000000000000
+
 # Every launch says so explicitly: the default changes between Triton versions, the results must not.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 

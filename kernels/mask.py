@@ -28,7 +28,7 @@ from ._tile import (
     strided_offsets,
 )
 from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
-from .select import MAGNITUDE, KeyFormula, score_forms
+from .scores import MAGNITUDE, KeyFormula, score_forms
 
 _CHUNK = tl.constexpr(CHUNK)
 _ELEMENTS = tl.constexpr(ELEMENTS)

@@ -1,6 +1,6 @@
 """Selection row by row: each row of a matrix (output of a layer) is cut by itself.
 
-A row is small enough for one program to do all: find the cut in digits of 8 bits from the top, as in ``select``,
+A row is small enough for one program to do all: find the cut in digits of 8 bits from the top, as in ``window``,
 count the ties in logical order, and write. It reads its row once per digit and once more to write, from the cache
 after the first time.
 """
@@ -22,8 +22,7 @@ from ._tile import (
     magnitude_key,
     strided_offsets,
 )
-from .launch import TRITON_DTYPES, Variant, config, launch
-from .select import INF_KEYS
+from .launch import INF_KEYS, TRITON_DTYPES, Variant, config, launch
 
 _BINS = tl.constexpr(256)
 

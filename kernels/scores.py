@@ -6,8 +6,14 @@ operation in the order written, so that both paths give the same bits.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+
+from ._tile import COLUMNS, ELEMENTS, LAYER, NOTHING
+from .launch import TRITON_DTYPES
 
 
 @triton.jit
@@ -26,3 +32,33 @@ def quadratic(w, a):
 def scaled(w, a):
     """|w| a: Wanda, where a is the norm of the input; or a layer's scale."""
     return tl.abs(w) * a
+
+
+class KeyFormula(NamedTuple):
+    """What the keys are the bit patterns of.
+
+    Attributes:
+        formula: jit function of (weight, number), both float32 (float64 for float64 weights); None: the magnitude.
+        kind: which number it gets: NOTHING (then whatever the weight is), ELEMENTS, COLUMNS or LAYER.
+        dtype: the numbers' dtype.
+    """
+
+    formula: Any = None
+    kind: int = NOTHING
+    dtype: torch.dtype = torch.float32
+
+    def constants(self) -> dict[str, Any]:
+        """Return the kernels' constants."""
+        return {"SCORE": self.formula, "KIND": self.kind, "AUX_DTYPE": TRITON_DTYPES[self.dtype]}
+
+
+MAGNITUDE = KeyFormula()
+
+
+def score_forms(dtype: torch.dtype) -> list[tuple[str, KeyFormula, int]]:
+    """Return the scores whose kernels the code generation check compiles: label, formula, and numbers per weight."""
+    return [
+        ("gradient", KeyFormula(product, ELEMENTS, dtype), 1),
+        ("wanda", KeyFormula(scaled, COLUMNS, torch.float32), 0),
+        ("normalised", KeyFormula(scaled, LAYER, torch.float32), 0),
+    ]

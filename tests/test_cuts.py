@@ -8,9 +8,9 @@ from conftest import CUDA, DEVICE, TRITON_SKIP
 if TRITON_SKIP:
     pytest.skip(TRITON_SKIP, allow_module_level=True)
 
-from wcr_fast.kernels import select as kernels
+from wcr_fast.kernels import count, window
 from wcr_fast.kernels.launch import CHUNK
-from wcr_fast.kernels.select import Counting
+from wcr_fast.kernels.window import Counting
 
 from wcr_fast.triton_path import cuts, select
 
@@ -126,7 +126,7 @@ if CUDA and not torch.version.hip:
 @pytest.mark.parametrize("how", WAYS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_way_of_counting(how, dtype, sample, monkeypatch):
-    monkeypatch.setattr(kernels, "counting", lambda backend=None: how)
+    monkeypatch.setattr(count, "counting", lambda backend=None: how)
     check(mixed_list(dtype), [0.4, 0.9])
     tensors = [w.to(DEVICE) for w in mixed_list(dtype)]
     per_layer = select.find_cuts(tensors, [[w.numel() // 3] for w in tensors])
@@ -143,8 +143,8 @@ def test_counting_follows_version_and_backend(monkeypatch):
         ((3, 6), "hip", Counting(inline=False, histogram=True)),
         ((3, 6), "interpreter", Counting(inline=False, histogram=True)),
     ):
-        monkeypatch.setattr(kernels, "_VERSION", version)
-        assert kernels.counting(backend) == wanted
+        monkeypatch.setattr(window, "_VERSION", version)
+        assert window.counting(backend) == wanted
 
 
 def test_counts_of_64_bits(sample, monkeypatch):

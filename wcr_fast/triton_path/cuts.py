@@ -15,11 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wcr_fast.kernels.launch import CHUNK
-from wcr_fast.kernels.select import (
+from wcr_fast.kernels.count import (
     CHUNKS_PER_SUM,
     CODES,
-    MAGNITUDE,
+    codes_dtype,
+    launch_code_ties,
+    launch_codes,
+    launch_codes_resolve,
+    launch_fine,
+)
+from wcr_fast.kernels.launch import CHUNK
+from wcr_fast.kernels.scores import MAGNITUDE, KeyFormula
+from wcr_fast.kernels.window import (
     PART,
     STATE_BINS,
     STATE_COLUMNS,
@@ -27,12 +34,6 @@ from wcr_fast.kernels.select import (
     STATE_KEY,
     STATE_SHIFT,
     STATE_TIES,
-    KeyFormula,
-    codes_dtype,
-    launch_code_ties,
-    launch_codes,
-    launch_codes_resolve,
-    launch_fine,
     launch_resolve,
     launch_sample,
     launch_window,

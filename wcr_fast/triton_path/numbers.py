@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wcr_fast.kernels._tile import AUX_WIDTH, COLUMNS, ELEMENTS, LAYER
 from wcr_fast.kernels.launch import CHUNK
-from wcr_fast.kernels.select import KeyFormula
+from wcr_fast.kernels.scores import KeyFormula
 from wcr_fast.score import Scored, kernel_of
 
 NOTHING = (0,) * AUX_WIDTH

@@ -11,7 +11,8 @@ from wcr_fast.kernels._tile import LAYOUT_WIDTH, MAX_DIMS
 from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, groups_per_chunk, launch_mask, launch_nm, launch_ties
 from wcr_fast.kernels.rows import launch_rows
-from wcr_fast.kernels.select import MAGNITUDE, launch_survey
+from wcr_fast.kernels.scores import MAGNITUDE
+from wcr_fast.kernels.survey import launch_survey
 from wcr_fast.score import Scored
 from wcr_fast.table import TensorTable, build_table, group, on_device
 from wcr_fast.torch_path.cuts import Cuts
