@@ -66,6 +66,9 @@ _CONFIGS = {
     ("amsgrad step", 2): LaunchConfig(1024, 4, registers=168),
     ("amsgrad step", 4): LaunchConfig(1024, 8, registers=144),  # spills at 128 under Triton 3.6
     ("amsgrad step", 8): LaunchConfig(1024, 8),
+    ("tracked step", 2): LaunchConfig(1024, 4, registers=192),
+    ("tracked step", 4): LaunchConfig(1024, 8, registers=160),
+    ("tracked step", 8): LaunchConfig(1024, 8),
     # Two streams are read: half a block of each keeps the same bytes in flight and the registers low.
     ("gradient", 2): LaunchConfig(2048, 8),
     ("gradient", 4): LaunchConfig(2048, 8),

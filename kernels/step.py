@@ -11,6 +11,7 @@ Reads and writes each array once: nothing is added to the bytes of the plain ste
 Each program steps one chunk and reduces the magnitudes it read and those it stored. The first must equal, bit for
 bit, what was stored for this chunk before: a weight written by anyone else in between raises a flag in host memory.
 The last program of a tensor merges the new ones into the coefficients of the next step, and counts the step.
+Where a threshold is tracked, the keys of what is stored are counted on the way: see :mod:`track`.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from ._tile import (
     narrow,
     wide,
 )
-from .launch import CHUNK, TRITON_DTYPES, LaunchConfig, Variant, config, launch
+from .launch import CHUNK, INF_KEYS, TRITON_DTYPES, LaunchConfig, Variant, config, launch
 from .moments import add_moments, close_moments, finish_layer, open_moments
+from .track import add_tracked, close_tracked, open_tracked
 from .update import adamw, joined, mixed, rounded_at_random, sgd, split
+from .window import counting
 
 _CHUNK = tl.constexpr(CHUNK)
 
 # A row of the table: what every table has, then for a step. Addresses are 0 where there is no such thing.
 ROW = (
     *("address", "numel", "first_chunk", "position"),  # position: column of the moments, -1 without penalty
-    *("layer_size", "group", "step", "first", "second", "third", "master", "words", "order"),
+    *("layer_size", "group", "step", "first", "second", "third", "master", "words", "order", "tracked"),
 )
 # A parameter group's numbers, float64; lr, weight decay and lam may instead be read from the device.
 SETTINGS = (
@@ -62,6 +65,7 @@ _THIRD = tl.constexpr(ROW.index("third"))
 _MASTER = tl.constexpr(ROW.index("master"))
 _WORDS = tl.constexpr(ROW.index("words"))
 _ORDER = tl.constexpr(ROW.index("order"))
+_TRACKED = tl.constexpr(ROW.index("tracked"))
 
 _NUM_SETTINGS = tl.constexpr(len(SETTINGS))
 _LR = tl.constexpr(SETTINGS.index("lr"))
@@ -120,7 +124,7 @@ def _step_block(
     STOCHASTIC: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Step one block; return the magnitudes of what was read and of what was stored."""
+    """Step one block; return what was stored, and the magnitudes of what was read and of that."""
     weight_ptr, grad_ptr, first_ptr, second_ptr, third_ptr, master_ptr = pointers
     pivot, shift, b, c, decoupled, r = layer
     offs = i * LANES + lanes
@@ -188,7 +192,7 @@ def _step_block(
     after = before
     if PENALTY is not None:
         after, _ = magnitude(wide(rounded), r, SMOOTH)
-    return before, after
+    return rounded, before, after
 
 
 @triton.jit
@@ -203,6 +207,8 @@ def _step_chunk(
     factor,
     layer,
     numbers,
+    tracked,
+    bad_ptr,
     ALGORITHM: tl.constexpr,
     MASTER: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -211,6 +217,9 @@ def _step_chunk(
     SMOOTH: tl.constexpr,
     MASK: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    TRACK: tl.constexpr,
+    INF: tl.constexpr,
+    INLINE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Step one chunk; return mean and squared deviations of the magnitudes read, then of those stored."""
@@ -218,29 +227,47 @@ def _step_chunk(
     words = lanes
     if MASK:  # bit i of a lane's word belongs to its element of block i; a weight without a mask keeps all
         words = tl.load(words_ptr + lanes, mask=lanes < words_count, other=-1)
-    before, after = _step_block(
+    rounded, before, after = _step_block(
         0, lanes, count, grad_count, penalised, pointers, words, key, factor, layer, numbers,
         ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED,
     )  # fmt: skip
     if PENALTY is not None:
         old = open_moments(before, lanes, count, MASKED)
         new = open_moments(after, lanes, count, MASKED)
+    if TRACK:
+        seen = add_tracked(rounded, lanes, count, open_tracked(LANES), tracked, TRACK, INF, INLINE, MASKED)
     steps = tl.cdiv(count, LANES).to(tl.int32) if MASKED else _CHUNK // LANES
     for i in range(1, steps):
-        before, after = _step_block(
+        rounded, before, after = _step_block(
             i, lanes, count, grad_count, penalised, pointers, words, key, factor, layer, numbers,
             ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED,
         )  # fmt: skip
+        offs = i * LANES + lanes
         if PENALTY is not None:
-            offs = i * LANES + lanes
             old = add_moments(before, offs, count, old, MASKED)
             new = add_moments(after, offs, count, new, MASKED)
+        if TRACK:
+            seen = add_tracked(rounded, offs, count, seen, tracked, TRACK, INF, INLINE, MASKED)
+    if TRACK:
+        close_tracked(seen, tracked, bad_ptr)
     zero = tl.full((), 0.0, tl.float64)
     old_mean, old_squares, new_mean, new_squares = zero, zero, zero, zero
     if PENALTY is not None:
         old_mean, old_squares = close_moments(count, old)
         new_mean, new_squares = close_moments(count, new)
     return old_mean, old_squares, new_mean, new_squares
+
+
+@triton.jit
+def _track_chunk(ptr, count, tracked, bad_ptr, TRACK: tl.constexpr, INF: tl.constexpr, INLINE: tl.constexpr):
+    """Count the weights of a chunk that isn't stepped."""
+    lanes = tl.arange(0, LANES)
+    seen = open_tracked(LANES)
+    for i in range(tl.cdiv(count, LANES).to(tl.int32)):
+        offs = i * LANES + lanes
+        x = tl.load(ptr + offs, mask=offs < count, other=0.0)
+        seen = add_tracked(x, offs, count, seen, tracked, TRACK, INF, INLINE, True)
+    close_tracked(seen, tracked, bad_ptr)
 
 
 @triton.jit
@@ -255,7 +282,7 @@ def _store_partials(entry_ptr, moments, flag_address, column):
     tl.store(entry_ptr + 1, squares)
 
 
-@triton.jit(do_not_specialize=["num_layers"])
+@triton.jit(do_not_specialize=["num_layers", "num_cuts", "max_bins"])
 def _step_kernel(
     rows_ptr,
     block_to_tensor_ptr,
@@ -268,7 +295,12 @@ def _step_kernel(
     coef_ptr,
     grad_scale_ptr,
     found_inf_ptr,
+    cuts_ptr,
+    hist_ptr,
+    bad_ptr,
     num_layers,
+    num_cuts,
+    max_bins,
     ALGORITHM: tl.constexpr,
     DTYPE: tl.constexpr,
     GRAD: tl.constexpr,
@@ -283,6 +315,9 @@ def _step_kernel(
     STOCHASTIC: tl.constexpr,
     SCALED: tl.constexpr,
     SKIPPABLE: tl.constexpr,
+    TRACK: tl.constexpr,
+    INF: tl.constexpr,
+    INLINE: tl.constexpr,
 ):
     """One program per chunk writes weight, state and ``partials``; the last of a tensor ``stats``, ``coef``, step."""
     tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _WIDTH)
@@ -290,6 +325,9 @@ def _step_kernel(
     active = grad_address != 0
     if SKIPPABLE:  # a gradient scaler found an overflow: nothing moves
         active &= tl.load(found_inf_ptr) == 0.0
+    if TRACK:
+        num_cuts = tl.where(tl.load(row_ptr + _TRACKED) != 0, num_cuts, 0)
+    tracked = (cuts_ptr, hist_ptr, max_bins, num_cuts)
     if active:
         COMPUTE: tl.constexpr = tl.float64 if tl.float64 == DTYPE else tl.float32
         address = tl.load(row_ptr + ROW_ADDRESS)
@@ -394,8 +432,8 @@ def _step_kernel(
             )
             moments = _step_chunk(
                 count, grad_count, penalised, pointers, words_ptr, words_count, key,
-                factor.to(COMPUTE), layer, numbers,
-                ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED=False,
+                factor.to(COMPUTE), layer, numbers, tracked, bad_ptr, ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY,
+                SMOOTH, MASK, STOCHASTIC, TRACK, INF, INLINE, MASKED=False,
             )  # fmt: skip
         else:
             pointers = (
@@ -408,8 +446,8 @@ def _step_kernel(
             )
             moments = _step_chunk(
                 count, grad_count, penalised, pointers, words_ptr, words_count, key,
-                factor.to(COMPUTE), layer, numbers,
-                ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY, SMOOTH, MASK, STOCHASTIC, MASKED=True,
+                factor.to(COMPUTE), layer, numbers, tracked, bad_ptr, ALGORITHM, MASTER, MOMENTUM, AMSGRAD, PENALTY,
+                SMOOTH, MASK, STOCHASTIC, TRACK, INF, INLINE, MASKED=True,
             )  # fmt: skip
         pid = tl.program_id(0).to(tl.int64)
         if PENALTY is not None:  # noqa: SIM102 (known when compiled; the next one only when run)
@@ -434,6 +472,11 @@ def _step_kernel(
                         SMOOTH,
                         FAMILY,
                     )
+    elif TRACK:
+        start = chunk * _CHUNK
+        count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
+        ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE)) + start
+        _track_chunk(ptr, count, tracked, bad_ptr, TRACK, INF, INLINE)
 
 
 def constants(
@@ -452,8 +495,12 @@ def constants(
     stochastic: bool = False,
     scaled: bool = False,
     skippable: bool = False,
+    tracked: torch.dtype | None = None,
 ) -> dict:
-    """Return a step's compile-time constants; penalty is None, "coupled" or "decoupled"."""
+    """Return a step's compile-time constants.
+
+    penalty: None, "coupled" or "decoupled". tracked: the dtype in which weights are compared, where a threshold is.
+    """
     return {
         "ALGORITHM": algorithm,
         "DTYPE": TRITON_DTYPES[dtype],
@@ -469,6 +516,9 @@ def constants(
         "STOCHASTIC": stochastic,
         "SCALED": scaled,
         "SKIPPABLE": skippable,
+        "TRACK": 0 if tracked is None else 8 * tracked.itemsize,
+        "INF": 0 if tracked is None else INF_KEYS[tracked],
+        "INLINE": tracked is not None and counting().inline,
     }
 
 
@@ -484,6 +534,7 @@ def launch_step(
     coef: Tensor,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    tracked: tuple[Tensor, Tensor, Tensor] | None,
     *,
     dtype: torch.dtype,
     constants: dict,
@@ -492,7 +543,9 @@ def launch_step(
 
     partials: float64, two per chunk, of the weights as they are. counters: int32 [T], zero before and after.
     grad_addrs: int64 [T]; 0 leaves a parameter alone, PENALTY_ONLY steps it without a gradient.
+    tracked: the windows' state, their histograms [Q, bins] and the flag of NaN, made ready by ``launch_rearm``.
     """
+    cuts, hist, bad = (rows, counters, counters) if tracked is None else tracked
     args = (
         rows,
         block_to_tensor,
@@ -505,13 +558,18 @@ def launch_step(
         coef,
         settings if grad_scale is None else grad_scale,
         settings if found_inf is None else found_inf,
+        cuts,
+        hist,
+        bad,
         stats.shape[1],
+        0 if tracked is None else hist.shape[0],
+        0 if tracked is None else hist.shape[1],
     )
     launch(_step_kernel, block_to_tensor.numel(), args, constants, _config(dtype, constants).options())
 
 
 def _config(dtype: torch.dtype, constants: dict) -> LaunchConfig:
-    return config("amsgrad step" if constants["AMSGRAD"] else "step", dtype)
+    return config("tracked step" if constants["TRACK"] else "amsgrad step" if constants["AMSGRAD"] else "step", dtype)
 
 
 _SIGNATURE = {
@@ -519,7 +577,10 @@ _SIGNATURE = {
     **dict.fromkeys(("block_to_tensor_ptr", "counters_ptr"), "*i32"),
     **dict.fromkeys(("settings_ptr", "partials_ptr", "stats_ptr", "coef_ptr"), "*fp64"),
     **dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32"),
-    "num_layers": "i32",
+    "cuts_ptr": "*i64",
+    "hist_ptr": "*i32",
+    "bad_ptr": "*u8",
+    **dict.fromkeys(("num_layers", "num_cuts", "max_bins"), "i32"),
 }
 
 
@@ -548,6 +609,8 @@ def variants() -> list[Variant]:
         (torch.bfloat16, "wcr, stochastic", {**wcr, **kept, "stochastic": True}),
         (torch.float16, "wcr, float32 master, scaled", {**wcr, **kept, "master": "float32", "scaled": True}),
         (torch.float64, "wcr", wcr),
+        (torch.float32, "wcr, tracked", {**wcr, "tracked": torch.float32}),
+        (torch.bfloat16, "wcr, float32 state, mask, tracked", {**wcr, **kept, "mask": True, "tracked": torch.bfloat16}),
     ]
     only = {
         "sgd": [(torch.float32, "no momentum, l1 r=0", {"momentum": False, **wcr, "family": "l1", "smooth": False})],
@@ -573,6 +636,7 @@ def variants() -> list[Variant]:
                     essential=label in ("wcr, mask", "wcr, float32 state, mask"),
                     bytes_per_element=moved,
                     options=_config(dtype, chosen).options(),
+                    backend="cuda" if chosen["TRACK"] else None,  # counting differs
                 )
             )
     return listed

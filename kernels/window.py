@@ -153,6 +153,15 @@ def _open(state_ptr, lo, width, max_bins):
 
 
 @triton.jit
+def open_last(state_ptr, warm_ptr, max_bins, TOP: tl.constexpr):
+    """Make a window around the cut that was found last, as wide as the window that held it."""
+    width = tl.minimum(tl.load(warm_ptr + 1), max_bins)
+    lo = tl.maximum(tl.load(warm_ptr) - 1 - width // 2, 0)
+    _open(state_ptr, lo, tl.minimum(width, TOP - lo), max_bins)
+    tl.store(state_ptr + _WIDTH, width)
+
+
+@triton.jit
 def _from_top(counts):
     """Return how many keys lie in each bin or above it."""
     return tl.sum(counts) - tl.cumsum(counts, axis=0) + counts
@@ -311,10 +320,7 @@ def _window_kernel(
     if keep > 0:
         if last > 0:
             if pid % PARTS == 0:
-                width = tl.minimum(tl.load(warm_ptr + 1), max_bins)
-                lo = tl.maximum(last - 1 - width // 2, 0)
-                _open(state_ptr, lo, tl.minimum(width, TOP - lo), max_bins)
-                tl.store(state_ptr + _WIDTH, width)
+                open_last(state_ptr, warm_ptr, max_bins, TOP)
         else:
             counts = tl.load(sample_ptr + (pid % PARTS) * PART + tl.arange(0, PART))
             tl.store(sums_ptr + pid % PARTS, tl.sum(counts.to(tl.int64)))

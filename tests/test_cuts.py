@@ -149,12 +149,12 @@ def test_counting_follows_version_and_backend(monkeypatch):
 
 def test_counts_of_64_bits(sample, monkeypatch):
     """Lists of more than 2^31 weights count in 64 bits; here a small one pretends to be one."""
-    original = cuts._Search.zeros
+    original = cuts.Search.zeros
 
     def wide(self, *shape, dtype):
         return original(self, *shape, dtype=torch.int64 if len(shape) == 2 else dtype)
 
-    monkeypatch.setattr(cuts._Search, "zeros", wide)
+    monkeypatch.setattr(cuts.Search, "zeros", wide)
     check([torch.randn(300, 200), torch.full((CHUNK,), 0.25)], [0.2, 0.9])
 
 
@@ -166,9 +166,9 @@ def test_a_list_of_more_than_2_to_the_31_weights_is_counted_in_64_bits(monkeypat
         kinds.append(dtype)
         raise StopIteration
 
-    monkeypatch.setattr(cuts._Search, "zeros", record)
+    monkeypatch.setattr(cuts.Search, "zeros", record)
     for numel in ((1 << 31) - 1, 1 << 31):
-        search = cuts._Search(
+        search = cuts.Search(
             [], [numel], torch.float32, torch.zeros(1, 8), torch.zeros(1), 1, 256, False, torch.zeros(2)
         )
         with pytest.raises(StopIteration):

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from wcr_fast.backend import active_backend, use_triton
+from wcr_fast.ops.select import check_sparsities
 from wcr_fast.ops.sharded import aligned, local
 from wcr_fast.optim.owned import OwnedPenalty, PenaltyT, owned_penalty, value
 from wcr_fast.optim.state import Precision
+from wcr_fast.optim.track import MAX_TRACKED, TrackedThreshold
 from wcr_fast.regularizers import Regularizer
 from wcr_fast.slots import STATE_NAMES, Rule, Slot, Step
 from wcr_fast.table import capturing, current_stream, keep_for_graph
 from wcr_fast.watch import Watch, watch
-from wcr_fast.weights import Exclude
+from wcr_fast.weights import Exclude, Weights, as_weights
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -33,12 +35,14 @@ _version = attrgetter("_version")
 
 # What is found out anew, never copied or pickled.
 _PREPARED = ("_slots", "_rule", "_plan", "_on_triton", "_fingerprint", "_watch", "_watched", "_versions", "_counted")
+_PREPARED += ("_tracked",)
 
 
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of :class:`wcr_fast.optim.SGD` and :class:`wcr_fast.optim.AdamW`; not for use of its own."""
 
     algorithm: ClassVar[str]
+    _tracked: TrackedThreshold | None = None
     # Gradient scalers hand scale and overflow over as tensors: the step unscales, or does nothing, on the device.
     _step_supports_amp_scaling = True
 
@@ -143,6 +147,57 @@ class FusedOptimizer(torch.optim.Optimizer):
         Not needed after in-place operations of torch under autograd's eyes, nor on the CPU.
         """
         self._versions = None
+        if self._tracked is not None:
+            self._tracked.stepped(counted=False)
+
+    def track_threshold(self, weights: Weights, sparsity: float | Iterable[float]) -> TrackedThreshold:
+        """Let every step count the weights that it writes, so that their pruning threshold is known for nothing.
+
+        On a GPU the step counts each weight's magnitude in a window around the last threshold while it still has it in
+        registers: no byte more is read. Elsewhere :meth:`TrackedThreshold.threshold` reads the weights. A second call
+        takes the place of the first. Copies of the optimizer and its ``state_dict`` know nothing of it.
+
+        Args:
+            weights: a module (its weights with two or more dimensions, without normalisation) or tensors, as for
+                :func:`wcr_fast.magnitude_threshold`. All of them should be parameters of this optimizer: where one is
+                not, is a DTensor, or lies on another device, thresholds are right, but read the weights.
+            sparsity: the fraction removed, in [0, 1], or up to 5 of them.
+
+        Returns:
+            A handle: ``threshold()`` after a step returns what ``magnitude_threshold(weights, sparsity)`` would, and
+            ``remove()`` ends it.
+
+        Raises:
+            TypeError, ValueError: as ``magnitude_threshold``; ValueError for no weights or more than 5 sparsities.
+
+        Example:
+            >>> import torch, wcr_fast
+            >>> weight = torch.nn.Parameter(torch.tensor([[1.0, -3.0], [2.0, 0.5]]))
+            >>> optimizer = wcr_fast.optim.SGD([weight], lr=0.5)
+            >>> tracked = optimizer.track_threshold([weight], 0.5)
+            >>> weight.sum().backward()
+            >>> optimizer.step()
+            >>> tracked.threshold()
+            tensor(1.5000)
+        """
+        op = f"{type(self).__name__}.track_threshold"
+        sparsities, several = check_sparsities(sparsity, op)
+        if not 1 <= len(sparsities) <= MAX_TRACKED:
+            raise ValueError(
+                f"{op}: a step counts for 1 to {MAX_TRACKED} sparsities, got {len(sparsities)}: "
+                "track the most important ones, magnitude_threshold takes any number"
+            )
+        chosen = as_weights(weights, op=op, sharded=True)
+        if not chosen:
+            raise ValueError(f"{op}: there are no weights to track")
+        self._tracked = TrackedThreshold(self, chosen, sparsities, several)
+        self._forget()
+        return self._tracked
+
+    def _untrack(self, tracked: TrackedThreshold) -> None:
+        if self._tracked is tracked:
+            self._tracked = None
+            self._forget()
 
     def _set_mask(self, param: Tensor, words: Tensor | None) -> None:
         """Keep the weights whose bit is 0 at zero, with their state, in every step; None lifts the mask.
@@ -230,15 +285,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         found = self._look() if loss is None and self._watch is not None else None
         if found is not None:
             self._repeat(*found)
+            self._note_counts()
             return None
         self._watch = None  # what it saw is not what the next step is like
         with torch.no_grad():
             added = self._step(loss is not None)
             if loss is None and (not self._on_triton or self._plan.repeatable):
                 self._watch = self._watch_over()
+        self._note_counts()
         if added is None:
             return loss
         return loss + (added.to(loss) if isinstance(loss, Tensor) else float(added))
+
+    def _note_counts(self) -> None:
+        if self._tracked is not None:
+            self._tracked.stepped(self._on_triton and self._plan is not None and self._plan.tracker is not None)
 
     def _step(self, with_value: bool) -> Tensor | None:
         """Find out what there is to step, and step it; return lam * psi where asked for."""
@@ -284,7 +345,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         from wcr_fast.triton_path.step import StepPlan
 
         if self._plan is None or not self._plan.fits(step.grads):
-            self._plan = StepPlan(self._slots, rule, step.grads)
+            tracked = None if self._tracked is None else self._tracked.tracker(self._slots)
+            self._plan = StepPlan(self._slots, rule, step.grads, tracked)
             self._versions = None
             penalised = [s for s in self._slots if s.layer >= 0]
             # An operation on a DTensor counts there, one on its shard only there.

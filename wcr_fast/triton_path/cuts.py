@@ -62,23 +62,64 @@ def in_any_order(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """One search: its tables, and what its passes share."""
 
+    tensors: Sequence[Tensor]  # kept: the tables hold their addresses only
     tables: list[TensorTable]
     numels: list[int]  # of the tables
+    order: list[int]  # chunks of all earlier tensors
     dtype: torch.dtype  # of the keys
     state: Tensor
-    bad: Tensor
-    num_queries: int
+    shape: tuple[int, int]  # segments, and cuts of each
     max_bins: int
     sampled: bool
     warm: Tensor
+    bad: Tensor
     formula: KeyFormula = MAGNITUDE
+
+    @classmethod
+    def of(
+        cls,
+        tensors: Sequence[Tensor],
+        num_keep: Sequence[Sequence[int]],
+        scored: Scored | None = None,
+        *,
+        sampled: bool,
+        warm: Tensor | None = None,
+    ) -> Search:
+        """Return a search among dense tensors on one device.
+
+        Where it is sampled, it begins at the cuts that ``warm`` holds (int64 [2 Q], zero before the first search), by
+        default those of the last search like it, and leaves its own there.
+        """
+        device = tensors[0].device
+        numbers = None if scored is None else numbers_of(scored, tensors)
+        dtype = (comparison_dtype if scored is None else threshold_dtype)(t.dtype for t in tensors)
+        wanted = tuple(map(tuple, num_keep))
+        shape = len(wanted), len(wanted[0])
+        cuts, total = shape[0] * shape[1], sum(t.numel() for t in tensors)
+        max_bins = _max_bins(dtype, cuts, total)
+        order = chunk_order(tensors)
+        tables, numels = _tables(tensors, order, numbers)
+        start = _start(device, current_stream(device), dtype, wanted, max_bins, not sampled)
+        keep_for_graph(device, start)
+        if warm is None and sampled:
+            warm = tables[0].scratch(f"last cuts {wanted}", 2 * cuts, torch.int64)
+        elif warm is None:
+            warm = torch.empty(2 * cuts, dtype=torch.int64, device=device)
+        bad = torch.zeros(len(tensors), dtype=torch.uint8, device=device)
+        formula = MAGNITUDE if numbers is None else numbers.formula
+        state = start.clone()
+        return cls(tensors, tables, numels, order, dtype, state, shape, max_bins, sampled, warm, bad, formula)
+
+    @property
+    def num_queries(self) -> int:
+        return self.shape[1]
 
     @property
     def per_layer(self) -> bool:
-        return self.state.shape[0] > self.num_queries
+        return self.shape[0] > 1
 
     @property
     def passes(self) -> int:
@@ -88,6 +129,33 @@ class _Search:
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.state.device)
+
+    def histograms(self) -> Tensor:
+        """Return empty bins for every cut."""
+        # More equal keys than an int32 counts can lie in one bin only where there are more keys.
+        counts = torch.int64 if sum(self.numels) >= 1 << 31 else torch.int32
+        return self.zeros(len(self.state), self.max_bins, dtype=counts)
+
+    def run(self) -> Tensor | None:
+        """Settle every cut; return the ties of every chunk, int32 [Q, chunks], where keys have 16 bits."""
+        if self.sampled:
+            self.guess()
+        if not self.tables:
+            return None
+        return self.codes() if self.dtype.itemsize == 2 else self.fine(self.histograms())
+
+    def settle(self, hist: Tensor) -> None:
+        """Settle every cut from what was counted of all weights in hist, by further passes where it left its window."""
+        if self.dtype.itemsize == 2:
+            launch_resolve(self.state, hist, *self._resolving(hist), self.warm, key_dtype=self.dtype)
+            self.codes(first=1)
+        else:
+            self.fine(hist, counted=True)
+
+    def found(self, ties: Tensor | None = None) -> Cuts:
+        """Return the cuts."""
+        key, stay = (self.state[:, column].reshape(self.shape) for column in (STATE_KEY, STATE_TIES))
+        return Cuts(key, stay, self.bad.view(torch.bool), self.dtype, chunk_ties=ties)
 
     def guess(self) -> None:
         """Open the first windows: around the last call's cuts, or where a sample says."""
@@ -118,16 +186,19 @@ class _Search:
             key_dtype=self.dtype,
         )
 
-    def fine(self) -> None:
-        """Count wide keys in one histogram a cut until every cut is settled."""
+    def _resolving(self, hist: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scratch in which a histogram's parts are added up."""
         cuts = len(self.state)
-        # More equal keys than an int32 counts can lie in one bin only where there are more keys.
-        kind = torch.int64 if sum(self.numels) >= 1 << 31 else torch.int32
-        hist = self.zeros(cuts, self.max_bins, dtype=kind)
-        sums = torch.empty(cuts * max(1, self.max_bins // PART), dtype=torch.int64, device=hist.device)
-        counters = self.zeros(cuts, dtype=torch.int32)
+        sums = torch.empty(cuts * max(1, hist.shape[1] // PART), dtype=torch.int64, device=hist.device)
+        return sums, self.zeros(cuts, dtype=torch.int32)
+
+    def fine(self, hist: Tensor, *, counted: bool = False) -> None:
+        """Count wide keys in one histogram a cut until every cut is settled; ``counted``: hist holds the first pass."""
+        scratch = self._resolving(hist)
         for number in range(self.passes):
             for table in self.tables:
+                if number == 0 and counted:
+                    break
                 launch_fine(
                     table.rows,
                     table.block_to_tensor,
@@ -141,22 +212,26 @@ class _Search:
                     first=number == 0,
                     score=self.formula,
                 )
-            launch_resolve(self.state, hist, sums, counters, self.warm, key_dtype=self.dtype)
+            launch_resolve(self.state, hist, *scratch, self.warm, key_dtype=self.dtype)
 
-    def codes(self, order: Sequence[int]) -> Tensor:
-        """Count 16-bit keys per chunk until every cut is settled; return the ties of every chunk, int32 [Q, chunks]."""
+    def codes(self, *, first: int = 0) -> Tensor | None:
+        """Count 16-bit keys per chunk until every cut is settled, from this pass on.
+
+        Returns the ties of every chunk, int32 [Q, chunks], where every pass was taken.
+        """
         (table,) = self.tables
-        cuts = len(self.state)
-        device = self.state.device
+        device, order = self.state.device, self.order
         codes = torch.empty((self.num_queries, order[-1], CODES), dtype=codes_dtype(), device=device)
-        hist = self.zeros(cuts, CODES, dtype=torch.int64)
-        counters = self.zeros(cuts, dtype=torch.int32)
+        hist = self.zeros(len(self.state), CODES, dtype=torch.int64)
+        counters = self.zeros(len(self.state), dtype=torch.int32)
         sums = sum(-(-(stop - start) // CHUNKS_PER_SUM) for start, stop in itertools.pairwise(order))
         shared = {"dtype": self.dtype, "per_layer": self.per_layer}
         at = table.rows, table.block_to_tensor, self.state, codes
-        for number in range(self.passes):
+        for number in range(first, self.passes):
             launch_codes(*at, self.bad, first=number == 0, **shared)
             launch_codes_resolve(*at, hist, counters, self.warm, num_sums=sums, **shared)
+        if first:
+            return None
         ties = torch.empty((self.num_queries, order[-1]), dtype=torch.int32, device=device)
         launch_code_ties(*at, ties, per_layer=self.per_layer)
         return ties
@@ -220,33 +295,7 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]], scor
     magnitude, or by a score that has a kernel.
     """
     tensors = [in_any_order(t) for t in tensors]
-    device = tensors[0].device
-    numbers = None if scored is None else numbers_of(scored, tensors)
-    dtype = (comparison_dtype if scored is None else threshold_dtype)(t.dtype for t in tensors)
-    wanted = tuple(map(tuple, num_keep))
-    shape = len(wanted), len(wanted[0])
-    cuts, total = shape[0] * shape[1], sum(t.numel() for t in tensors)
-    max_bins = _max_bins(dtype, cuts, total)
-    sampled = shape[0] == 1 and total >= SAMPLE_FROM
-    with on_device(device):
-        order = chunk_order(tensors)
-        tables, numels = _tables(tensors, order, numbers)
-        start = _start(device, current_stream(device), dtype, wanted, max_bins, not sampled)
-        keep_for_graph(device, start)
-        bad = torch.zeros(len(tensors), dtype=torch.bool, device=device)
-        if sampled:
-            warm = tables[0].scratch(f"last cuts {wanted}", 2 * cuts, torch.int64)
-        else:
-            warm = torch.empty(2 * cuts, dtype=torch.int64, device=device)
-        marks = bad.view(torch.uint8)
-        formula = MAGNITUDE if numbers is None else numbers.formula
-        search = _Search(tables, numels, dtype, start.clone(), marks, shape[1], max_bins, sampled, warm, formula)
-        ties = None
-        if sampled:
-            search.guess()
-        if tables and dtype.itemsize == 2:
-            ties = search.codes(order)
-        elif tables:
-            search.fine()
-        key, stay = search.state[:, STATE_KEY].reshape(shape), search.state[:, STATE_TIES].reshape(shape)
-        return Cuts(key, stay, bad, dtype, chunk_ties=ties)
+    sampled = len(num_keep) == 1 and sum(t.numel() for t in tensors) >= SAMPLE_FROM
+    with on_device(tensors[0].device):
+        search = Search.of(tensors, num_keep, scored, sampled=sampled)
+        return search.found(search.run())

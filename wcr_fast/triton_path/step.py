@@ -18,6 +18,7 @@ from wcr_fast.kernels.step import PENALTY_ONLY, ROW, SETTINGS, constants, launch
 from wcr_fast.slots import STATE_NAMES, TENSORS, Rule, Slot, Step
 from wcr_fast.table import TensorTable, build_table, on_device, send
 from wcr_fast.torch_path.layout import is_dense, same_layout
+from wcr_fast.triton_path.track import Tracker
 
 
 def _settings(group: dict[str, Any], rule: Rule, device: torch.device, flag: int) -> tuple[tuple, tuple]:
@@ -104,6 +105,7 @@ class _Launch:
     constants: dict[str, Any]
     grad_dtype: torch.dtype
     weights: list[Tensor]  # dense: a weight with gaps is copied here before the launch, and back after it
+    tracked: tuple[Tensor, Tensor, Tensor] | None = None  # a threshold's counters
     sent: np.ndarray | None = None
     grad_addrs: Tensor | None = None
     copies: list[Tensor] = field(default_factory=list)
@@ -118,8 +120,16 @@ class _Launch:
 class StepPlan:
     """The launches of an optimizer's step, made once for parameters and states that stay where they are."""
 
-    def __init__(self, slots: Sequence[Slot], rule: Rule, grads: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        rule: Rule,
+        grads: Sequence[Tensor | None],
+        tracked: tuple[Tracker, frozenset[int]] | None = None,
+    ) -> None:
         self.slots, self.rule = slots, rule
+        # The threshold that is tracked, and the ids of the parameters that belong to it.
+        self.tracker, self._tracked = tracked or (None, frozenset())
         self.devices: dict[torch.device, _Device] = {}
         self.launches: list[_Launch] = []
         self._seen: tuple[list[Any], list[float]] = [], []
@@ -158,6 +168,7 @@ class StepPlan:
         weights = [_dense(slot.weight) for slot in slots]
         table = build_table(weights, [s.layer for s in slots], CHUNK, extra=[self._columns(s) for s in slots])
         penalty = rule.penalty
+        tracker = self.tracker if any(id(s.param) in self._tracked for s in slots) else None
         self.launches.append(
             _Launch(
                 on,
@@ -178,9 +189,11 @@ class StepPlan:
                     smooth=penalty is not None and penalty.r != 0,
                     mask=any(s.words is not None for s in slots),
                     stochastic=rule.stochastic and dtype == torch.bfloat16,
+                    tracked=tracker and tracker.dtype,
                 ),
                 grad_dtype,
                 weights,
+                tracker and tracker.counters,
             )
         )
 
@@ -191,7 +204,7 @@ class StepPlan:
         arrays.append(slot.state.get("master", slot.state.get("remainder")))
         arrays.append(slot.words)
         addresses = [0 if t is None else t.data_ptr() for t in (slot.state.get("step"), *arrays)]
-        columns = [slot.layer_size, slot.group, *addresses, slot.order]
+        columns = [slot.layer_size, slot.group, *addresses, slot.order, int(id(slot.param) in self._tracked)]
         assert len(columns) == len(ROW) - 4, "a row has these columns"
         return columns
 
@@ -255,6 +268,7 @@ class StepPlan:
         for on in self.devices.values():
             on.send(step.groups, self.rule)
         self._seen = [], []
+        self._rearm()
         for launch in self.launches:
             self._copy_in(launch)
             self._send_gradients(launch, step)
@@ -263,6 +277,10 @@ class StepPlan:
                 if weight is not self.slots[i].weight:
                     self.slots[i].weight.detach().copy_(weight)
         self._count_empty(step)
+
+    def _rearm(self) -> None:
+        if self.tracker is not None:
+            self.tracker.rearm()
 
     def _count_empty(self, step: Step) -> None:
         """Count the step of parameters without elements here: other ranks may hold some."""
@@ -289,6 +307,7 @@ class StepPlan:
                 launch.on.coef,
                 grad_scale,
                 found_inf,
+                launch.tracked,
                 dtype=launch.table.dtype,
                 constants=chosen,
             )
@@ -319,6 +338,7 @@ class StepPlan:
             for on in self.devices.values():
                 on.send(filled, self.rule)
             self._seen = numbers, places
+        self._rearm()
         for launch in self.launches:
             launch.send(addresses if len(self.launches) == 1 else addresses[launch.places])
             self._launch(launch, grad_scale, found_inf)

@@ -1,0 +1,90 @@
+"""The threshold of the weights that a fused optimizer writes, counted in its step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from wcr_fast.ops import select
+from wcr_fast.ops.sharded import is_sharded
+from wcr_fast.slots import Slot
+from wcr_fast.torch_path.cuts import threshold_dtype, values_of
+from wcr_fast.weights import Weight
+
+if TYPE_CHECKING:
+    from wcr_fast.optim.fused import FusedOptimizer
+
+# A step counts for so many cuts: each has a few bits of one integer.
+MAX_TRACKED = 5
+
+
+class TrackedThreshold:
+    """The smallest magnitude that stays at some sparsities, of weights that an optimizer steps.
+
+    Made by :meth:`wcr_fast.optim.FusedOptimizer.track_threshold`.
+    """
+
+    def __init__(
+        self, optimizer: FusedOptimizer, weights: Sequence[Weight], sparsities: Sequence[float], several: bool
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._params = [w.param for w in weights]
+        self._sparsities, self._several = list(sparsities), several
+        self._tracker: Any = None  # what steps on Triton count in
+        self._counted: list[tuple[int, int]] | None = None  # the weights as the last counts were of
+
+    def threshold(self) -> Tensor:
+        """Return the threshold of the weights as they are: what :func:`wcr_fast.magnitude_threshold` would return.
+
+        After a step on a GPU it costs no pass over the weights, unless they were written since then or the threshold
+        has moved far since it was last asked for. Nothing waits for the device.
+        """
+        tensors = [p.detach() for p in self._params]
+        if self._tracker is None:
+            found = select.threshold(tensors, self._sparsities, "global")
+        else:
+            cuts = self._tracker.cuts(tensors, counted=self._counted == self._now())
+            found = values_of(cuts.key[0], cuts.dtype).to(threshold_dtype(t.dtype for t in tensors))
+            found = found.masked_fill(cuts.bad.any(), torch.nan)
+        return found if self._several else found.squeeze(0)
+
+    def remove(self) -> None:
+        """Let the optimizer's steps no longer count; :meth:`threshold` then reads the weights."""
+        self._tracker = self._counted = None
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer._untrack(self)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(sparsity={self._sparsities if self._several else self._sparsities[0]})"
+
+    # --- what the optimizer calls ------------------------------------------------------------------------------
+
+    def tracker(self, slots: Sequence[Slot]) -> tuple[Any, frozenset[int]] | None:
+        """Return what a step of these slots on Triton counts in, and the ids of the weights that it counts.
+
+        None where it can't see all of them: a shard, another device, a parameter that isn't stepped.
+        """
+        counted = {id(p) for p in self._params if p.numel()}
+        devices = {p.device for p in self._params}
+        here = counted and len(devices) == 1 and counted <= {id(s.param) for s in slots}
+        if not here or any(map(is_sharded, self._params)):
+            self._tracker = self._counted = None
+            return None
+        if self._tracker is None:
+            from wcr_fast.triton_path.track import Tracker
+
+            keep = select.keep_counts(self._params, self._sparsities, "global")
+            self._tracker = Tracker([p.detach() for p in self._params], keep[0])
+        return self._tracker, frozenset(counted)
+
+    def stepped(self, counted: bool) -> None:
+        """Note that the weights were written, and whether the step counted them."""
+        self._counted = self._now() if counted else None
+
+    def _now(self) -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in self._params]
