@@ -208,7 +208,7 @@ def _gradient(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[],
     return lambda: add_grad_(grads, weights, stats, coef, 1e-5, R), [*weights, *grads]
 
 
-def _step(kind: str, *, penalty: str | None = "wcr", masked: bool = False) -> Callable:
+def _step(kind: str, *, penalty: str | None = "wcr", masked: bool = False, tracked: bool = False) -> Callable:
     def prepare(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
         params = [nn.Parameter(w) for w in make(shapes, dtype=dtype)]
         options = {"momentum": 0.9} if kind == "SGD" else {}
@@ -218,6 +218,8 @@ def _step(kind: str, *, penalty: str | None = "wcr", masked: bool = False) -> Ca
             optimizer._set_mask(p, bits)
         for p in params:
             p.grad = torch.zeros_like(p)
+        if tracked:
+            optimizer.track_threshold(params, 0.9)
         optimizer.step()  # leaves states and moments behind
         states = [t for p in params for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.dim()]
         return optimizer.step, [*params, *(p.grad for p in params), *states, *words]
@@ -266,6 +268,7 @@ OPS = (
     Op("AdamW + penalty", {"_step_kernel": _arrays(7)}, _step("AdamW")),
     Op("SGD + penalty + mask bits", {"_step_kernel": _arrays(5, 0.125)}, _step("SGD", masked=True)),
     Op("AdamW + penalty + mask bits", {"_step_kernel": _arrays(7, 0.125)}, _step("AdamW", masked=True)),
+    Op("AdamW + penalty, tracked", {"_step_kernel": _arrays(7)}, _step("AdamW", tracked=True)),
     Op("2:4 in place", {"_nm_kernel": _arrays(2)}, _nm),
     Op("2:4 in place, 3x3", {"_nm_kernel": _arrays(2)}, _nm, [(512, 256, 3, 3)], sectors=True),
     Op("threshold", {ALL: {2: 2.08, 4: 4.35}.__getitem__}, _threshold(warm=False), HUGE),

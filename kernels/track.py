@@ -112,12 +112,12 @@ def launch_rearm(state: Tensor, hist: Tensor, bad: Tensor, warm: Tensor, *, key_
 
 
 def first_width(key_dtype: torch.dtype) -> int:
-    """Return the width of a window around a cut that nothing is known of yet: an eighth of a binade.
+    """Return the width of a window around a cut that nothing is known of yet: a sixteenth of a binade.
 
     A step moves a threshold by less; and few enough weights lie inside.
     """
     bits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}[key_dtype]
-    return 1 << (bits - 3)
+    return 1 << (bits - 4)
 
 
 def variants() -> list[Variant]:

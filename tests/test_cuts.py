@@ -1,5 +1,7 @@
 """The one-pass window on Triton: samples, warm starts, misses, every way of counting, ties with and without counts."""
 
+import dataclasses
+
 import pytest
 import reference_selection as ref
 import torch
@@ -149,31 +151,16 @@ def test_counting_follows_version_and_backend(monkeypatch):
 
 def test_counts_of_64_bits(sample, monkeypatch):
     """Lists of more than 2^31 weights count in 64 bits; here a small one pretends to be one."""
-    original = cuts.Search.zeros
-
-    def wide(self, *shape, dtype):
-        return original(self, *shape, dtype=torch.int64 if len(shape) == 2 else dtype)
-
-    monkeypatch.setattr(cuts.Search, "zeros", wide)
+    original = cuts.Search.histograms
+    monkeypatch.setattr(cuts.Search, "histograms", lambda self: original(self).long())
     check([torch.randn(300, 200), torch.full((CHUNK,), 0.25)], [0.2, 0.9])
 
 
-def test_a_list_of_more_than_2_to_the_31_weights_is_counted_in_64_bits(monkeypatch):
+def test_a_list_of_more_than_2_to_the_31_weights_is_counted_in_64_bits():
     """The tables and sizes of a list that long, without its memory."""
-    kinds = []
-
-    def record(self, *shape, dtype):
-        kinds.append(dtype)
-        raise StopIteration
-
-    monkeypatch.setattr(cuts.Search, "zeros", record)
-    for numel in ((1 << 31) - 1, 1 << 31):
-        search = cuts.Search(
-            [], [numel], torch.float32, torch.zeros(1, 8), torch.zeros(1), 1, 256, False, torch.zeros(2)
-        )
-        with pytest.raises(StopIteration):
-            search.fine()
-    assert kinds == [torch.int32, torch.int64]
+    small = cuts.Search.of([torch.randn(9, device=DEVICE)], [[4]], sampled=False)
+    for numel, counts in (((1 << 31) - 1, torch.int32), (1 << 31, torch.int64)):
+        assert dataclasses.replace(small, numels=[numel]).histograms().dtype == counts
 
 
 def test_masks_of_cuts_without_counts_are_the_same():

@@ -160,7 +160,8 @@ class Search:
     def guess(self) -> None:
         """Open the first windows: around the last call's cuts, or where a sample says."""
         sample = self.zeros(sample_bins(self.dtype), dtype=torch.int32)
-        size, total = SAMPLES[self.dtype.itemsize], sum(self.numels)
+        total = sum(self.numels)
+        size = min(SAMPLES[self.dtype.itemsize], total)
         for table, numel in zip(self.tables, self.numels, strict=True):
             lines = max(1, size * numel // total // line_of(table.dtype))
             launch_sample(
