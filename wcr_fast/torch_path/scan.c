@@ -15,14 +15,23 @@
 
 enum { CHUNK = 1024 }; /* keys and their levels fit into L1, counts into 16 bits */
 
+/* Eight flags as eight bits, the first one lowest. */
+static inline uint64_t bits_of(const uint8_t *flags) {
+    uint64_t eight;
+    memcpy(&eight, flags, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    eight = __builtin_bswap64(eight);
+#endif
+    return (eight * 0x0102040810204080) >> 56;
+}
+
 #define DEFINE(NAME, KEY)                                                                                              \
     FOR_EACH_MACHINE void NAME(const KEY *patterns, int64_t segments, const int64_t *ends, int64_t windows,            \
                                const KEY *bounds, const uint8_t *wanted, const KEY *limits, int64_t *counts,           \
                                KEY **out) {                                                                            \
         const KEY mask = limits[0], top = limits[1];                                                                   \
         KEY key[CHUNK], level[CHUNK]; /* how many bounds a key reaches: an odd number inside of a window */            \
-        uint8_t inside[CHUNK + 8];                                                                                     \
-        uint16_t places[CHUNK + 8];                                                                                    \
+        uint8_t inside[CHUNK + 64];                                                                                    \
         int64_t at = 0;                                                                                                \
         for (int64_t s = 0; s < segments; s++, counts += 2 * windows + 2) {                                            \
             for (int64_t size; at < ends[s]; at += size, patterns += size) {                                           \
@@ -52,20 +61,14 @@ enum { CHUNK = 1024 }; /* keys and their levels fit into L1, counts into 16 bits
                 }                                                                                                      \
                 if (!any) continue;                                                                                    \
                 for (int64_t i = 0; i < size; i++) inside[i] = level[i] & 1;                                           \
-                memset(inside + size, 0, 8);                                                                           \
-                int64_t found = 0;                                                                                     \
-                for (int64_t i = 0; i < size; i += 8) {                                                                \
-                    uint64_t eight;                                                                                    \
-                    memcpy(&eight, inside + i, 8);                                                                     \
-                    if (!eight) continue;                                                                              \
-                    for (int64_t j = i; j < i + 8; j++) {                                                              \
-                        places[found] = (uint16_t)j;                                                                   \
-                        found += inside[j];                                                                            \
+                memset(inside + size, 0, 64);                                                                          \
+                for (int64_t i = 0; i < size; i += 64) {                                                               \
+                    uint64_t some = 0; /* a bit for each of 64 keys */                                                 \
+                    for (int64_t j = 0; j < 64; j += 8) some |= bits_of(inside + i + j) << j;                          \
+                    for (; some; some &= some - 1) {                                                                   \
+                        const int64_t place = i + __builtin_ctzll(some), w = level[place] >> 1;                        \
+                        if (wanted[w]) *out[w]++ = key[place];                                                         \
                     }                                                                                                  \
-                }                                                                                                      \
-                for (int64_t f = 0; f < found; f++) {                                                                  \
-                    const int64_t w = level[places[f]] >> 1;                                                           \
-                    if (wanted[w]) *out[w]++ = key[places[f]];                                                         \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
