@@ -4,6 +4,8 @@ A weight stays when its key lies above the cut, or equals it and is among the fi
 order, then logical row-major order. Where the number of equal keys of every chunk is known, their running sum tells
 each chunk how many of its own stay: all chunks but one need a plain comparison, and one pass is all. Where it isn't,
 the pass keeps all equal keys and counts them per chunk, and a second one visits only the chunks that kept too many.
+
+In place, the first pass also counts what a record tells of it: each tensor's keys above the cut, equal to it, and zero.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ._tile import (
     magnitude_key,
     strided_offsets,
 )
-from .launch import CHUNK, TRITON_DTYPES, Variant, config, launch
+from .launch import CHUNK, TRITON_DTYPES, LaunchConfig, Variant, config, launch
 from .scores import MAGNITUDE, KeyFormula, score_forms
 
 _CHUNK = tl.constexpr(CHUNK)
@@ -44,6 +46,9 @@ _MASK_WIDTH = tl.constexpr(6 + LAYOUT_WIDTH + AUX_WIDTH)
 # What a mask pass does: apply cuts whose ties are known, keep and count all ties, or remove those that are too many.
 KNOWN, COUNT, TRIM = range(3)
 _COUNT, _TRIM = tl.constexpr(COUNT), tl.constexpr(TRIM)
+
+# Bits of one count of a lane, which sees 32 weights of a chunk at most.
+_FIELD, _ONES = tl.constexpr(10), tl.constexpr((1 << 10) - 1)
 
 # Extra columns of an n:m table, whose unit is a group: distance of two elements of a group, and layout of the
 # groups' first elements; in the tensor, then in the mask.
@@ -135,6 +140,21 @@ def _write(out_ptr, offs, x, stays, mask, TO_MASK: tl.constexpr):
 
 
 @triton.jit
+def _tally(key, cut, TIES_ONLY: tl.constexpr):
+    """Return 1, in a field each, where a key equals the cut, is above it, and zero; or the first of these only."""
+    tally = (key == cut).to(tl.int32)
+    if not TIES_ONLY:
+        tally += ((key > cut).to(tl.int32) << _FIELD) + ((key == 0).to(tl.int32) << (2 * _FIELD))
+    return tally
+
+
+@triton.jit
+def _fields(tally):
+    """Return the sums of a tally's fields."""
+    return tl.sum(tally & _ONES), tl.sum((tally >> _FIELD) & _ONES), tl.sum(tally >> (2 * _FIELD))
+
+
+@triton.jit
 def _mask_full_chunk(
     ptr,
     out_ptr,
@@ -150,18 +170,18 @@ def _mask_full_chunk(
     COUNTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Keep the keys of an aligned chunk from ``lowest`` on; where COUNTED, return how many equal the cut."""
+    """Keep the keys of an aligned chunk from ``lowest`` on; where COUNTED, return what ``_tally`` counts."""
     lanes = tl.arange(0, BLOCK)
-    ties = tl.zeros((BLOCK,), tl.int32)
+    tally = tl.zeros((BLOCK,), tl.int32)
     for i in range(_CHUNK // BLOCK):
         offs = i * BLOCK + lanes
         x = tl.load(ptr + offs)
         everywhere = tl.full((BLOCK,), True, tl.int1)
         key = keys_at(x, aux_ptr, start, offs, start + offs, everywhere, KEY_BITS, SCORE, KIND, AUX_DTYPE, True)
         if COUNTED:
-            ties += (key == cut.to(key.dtype)).to(tl.int32)
+            tally += _tally(key, cut.to(key.dtype), TO_MASK)
         _write(out_ptr, offs, x, key >= lowest.to(key.dtype), None, TO_MASK)
-    return tl.sum(ties)
+    return _fields(tally)
 
 
 @triton.jit
@@ -181,9 +201,10 @@ def _mask_any_chunk(
     TO_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Apply a cut in the layout's order to any chunk: the first ``quota`` of its ties stay; return how many it has."""
+    """Apply a cut in the layout's order to any chunk: the first ``quota`` of its ties stay; return the same."""
     lanes = tl.arange(0, BLOCK)
     ties = tl.zeros((), tl.int64)
+    tally = tl.zeros((BLOCK,), tl.int32)
     for i in range(tl.cdiv(count, BLOCK).to(tl.int32)):
         offs = i * BLOCK + lanes
         mask = offs < count
@@ -198,8 +219,9 @@ def _mask_any_chunk(
         else:
             stays = key >= (cut + (left < here).to(tl.int64)).to(key.dtype)
         ties += here
+        tally += tl.where(mask, _tally(key, cut.to(key.dtype), TO_MASK), 0)
         _write(out_ptr, (start + offs) if TO_MASK else where, x, stays, mask, TO_MASK)
-    return ties
+    return _fields(tally)
 
 
 @triton.jit
@@ -211,6 +233,7 @@ def _mask_kernel(
     quota_ptr,
     ties_before_ptr,
     ties_ptr,
+    counts_ptr,
     any_bad_ptr,
     DTYPE: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -225,7 +248,7 @@ def _mask_kernel(
 ):
     """One program per chunk zeroes in place what is removed (nothing if ``any_bad``), or writes to ``out_addrs``.
 
-    A counting pass keeps all ties and writes their number to ``ties``.
+    A counting pass keeps all ties and writes their number to ``ties``. The first pass in place adds to ``counts``.
     """
     tensor, row_ptr, chunk = locate(rows_ptr, block_to_tensor_ptr, _MASK_WIDTH)
     address = tl.load(row_ptr + ROW_ADDRESS)
@@ -256,7 +279,7 @@ def _mask_kernel(
         out_ptr = ptr
     if wanted:
         if flat & ((quota <= 0) | (quota >= here)):
-            ties = _mask_full_chunk(
+            tied, above, zeros = _mask_full_chunk(
                 tl.multiple_of(ptr, 16) + start,
                 tl.multiple_of(out_ptr, 16) + start,
                 aux_ptr,
@@ -268,11 +291,11 @@ def _mask_kernel(
                 KIND,
                 AUX_DTYPE,
                 TO_MASK,
-                PASS == _COUNT,
+                PASS == _COUNT or not (TO_MASK or PASS == _TRIM),
                 BLOCK,
-            ).to(tl.int64)
+            )
         else:
-            ties = _mask_any_chunk(
+            tied, above, zeros = _mask_any_chunk(
                 ptr,
                 out_ptr,
                 aux_ptr,
@@ -289,7 +312,12 @@ def _mask_kernel(
                 GENERAL,
             )
         if PASS == _COUNT:
-            tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, ties.to(tl.int32))
+            tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, tied)
+        if not (TO_MASK or PASS == _TRIM):
+            counts_ptr += 3 * tl.load(row_ptr + ROW_POSITION)
+            tl.atomic_add(counts_ptr, above.to(tl.int64), sem="relaxed")
+            tl.atomic_add(counts_ptr + 1, tied.to(tl.int64), sem="relaxed")
+            tl.atomic_add(counts_ptr + 2, zeros.to(tl.int64), sem="relaxed")
     elif PASS == _COUNT:
         tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, 0)
 
@@ -361,8 +389,17 @@ def _nm_kernel(
             _write(out_ptr, where, x, stays, mask, TO_MASK)
 
 
-def _mask_constants(dtype: torch.dtype, key_dtype: torch.dtype, per_layer: bool, score: KeyFormula = MAGNITUDE) -> dict:
-    settings = config("mask", key_dtype)  # keys take the registers
+def _mask_config(key_dtype: torch.dtype, to_mask: bool) -> LaunchConfig:
+    return config("mask" if to_mask else "mask in place", key_dtype)  # keys take the registers
+
+
+def _mask_constants(
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    per_layer: bool,
+    settings: LaunchConfig,
+    score: KeyFormula = MAGNITUDE,
+) -> dict:
     return {
         "DTYPE": TRITON_DTYPES[dtype],
         "KEY_BITS": 8 * key_dtype.itemsize,
@@ -406,8 +443,9 @@ def launch_ties(
 ) -> None:
     """Count ties of every chunk in logical order: ties (int32, chunks in list order), of tensors whose ties are cut."""
     args = rows, block_to_tensor, key, quota, ties_before, ties
-    constants = _mask_constants(dtype, key_dtype, per_layer, score)
-    launch(_ties_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
+    settings = _mask_config(key_dtype, True)
+    constants = _mask_constants(dtype, key_dtype, per_layer, settings, score)
+    launch(_ties_kernel, block_to_tensor.numel(), args, constants, settings.options())
 
 
 def launch_mask(
@@ -418,6 +456,7 @@ def launch_mask(
     quota: Tensor,
     ties_before: Tensor,
     ties: Tensor,
+    counts: Tensor,
     any_bad: Tensor,
     *,
     dtype: torch.dtype,
@@ -429,11 +468,16 @@ def launch_mask(
     """Apply cuts key, quota (int64 [S]): zero in place, or write bool masks to out_addrs (int64, per table row).
 
     ``what`` is KNOWN or TRIM, with the running sum of all chunks' ties in ties_before (int64), or COUNT, which writes
-    ties (int32, chunks in list order).
+    ties (int32, chunks in list order). In place, KNOWN and COUNT add to counts (int64 [L, 3]) what each tensor has
+    above the cut, equal to it, and zero.
     """
-    args = rows, block_to_tensor, rows if out_addrs is None else out_addrs, key, quota, ties_before, ties, any_bad
-    constants = {**_mask_constants(dtype, key_dtype, per_layer, score), "TO_MASK": out_addrs is not None, "PASS": what}
-    launch(_mask_kernel, block_to_tensor.numel(), args, constants, config("mask", key_dtype).options())
+    outs = rows if out_addrs is None else out_addrs
+    args = rows, block_to_tensor, outs, key, quota, ties_before, ties, counts, any_bad
+    to_mask = out_addrs is not None
+    settings = _mask_config(key_dtype, to_mask)
+    constants = _mask_constants(dtype, key_dtype, per_layer, settings, score)
+    constants |= {"TO_MASK": to_mask, "PASS": what}
+    launch(_mask_kernel, block_to_tensor.numel(), args, constants, settings.options())
 
 
 def launch_nm(
@@ -455,17 +499,19 @@ def variants() -> list[Variant]:
     """Return the forms of this module's kernels that the code generation check compiles."""
     tables = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
     ties = {**tables, "key_ptr": "*i64", "quota_ptr": "*i64", "ties_before_ptr": "*i64", "ties_ptr": "*i32"}
-    mask = {**ties, "out_addrs_ptr": "*i64", "any_bad_ptr": "*u8"}
+    mask = {**ties, "out_addrs_ptr": "*i64", "counts_ptr": "*i64", "any_bad_ptr": "*u8"}
     nm = {**tables, "out_addrs_ptr": "*i64"}
     pairs = [(dtype, dtype) for dtype in TRITON_DTYPES]
     pairs += [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)]
     listed = []
     for dtype, key_dtype in pairs:
         label = f"{dtype} as {key_dtype}".replace("torch.", "")
-        constants = _mask_constants(dtype, key_dtype, False)
-        warps = config("mask", key_dtype).warps
-        listed.append(Variant(_ties_kernel, label, ties, constants, warps, streams=0))
+        settings = _mask_config(key_dtype, True)
+        constants = _mask_constants(dtype, key_dtype, False, settings)
+        listed.append(Variant(_ties_kernel, label, ties, constants, settings.warps, streams=0))
         for to_mask in (False, True):
+            settings = _mask_config(key_dtype, to_mask)
+            constants = _mask_constants(dtype, key_dtype, False, settings)
             for name, what in (("ties known", KNOWN), ("ties counted", COUNT), ("ties trimmed", TRIM)):
                 listed.append(
                     Variant(
@@ -473,24 +519,27 @@ def variants() -> list[Variant]:
                         f"{label} {'mask' if to_mask else 'in place'}, {name}",
                         mask,
                         {**constants, "TO_MASK": to_mask, "PASS": what},
-                        warps,
+                        settings.warps,
                         essential=what == COUNT or (what == KNOWN and dtype == torch.bfloat16),
                         bytes_per_element=dtype.itemsize + (1 if to_mask else dtype.itemsize),
+                        options=settings.options(),
                     )
                 )
     for dtype in (torch.float32, torch.bfloat16):
         for label, formula, numbers in score_forms(dtype):
-            constants = _mask_constants(dtype, torch.float32, False, formula)
+            settings = _mask_config(torch.float32, False)
+            constants = _mask_constants(dtype, torch.float32, False, settings, formula)
             listed.append(
                 Variant(
                     _mask_kernel,
                     f"{dtype} {label}".replace("torch.", ""),
                     mask,
                     {**constants, "TO_MASK": False, "PASS": COUNT},
-                    config("mask", torch.float32).warps,
+                    settings.warps,
                     streams=1 + numbers,
                     essential=dtype == torch.float32,
                     bytes_per_element=(2 + numbers) * dtype.itemsize,
+                    options=settings.options(),
                 )
             )
     for dtype in TRITON_DTYPES:

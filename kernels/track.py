@@ -132,7 +132,7 @@ def variants() -> list[Variant]:
         part = min(PART, bins)
         constants = {"TOP": INF_KEYS[key_dtype] + 1, "PARTS": bins // part, "PART": part}
         label = f"{key_dtype} {bins} bins".removeprefix("torch.")
-        listed.append(
-            Variant(_rearm_kernel, label, {**signature, "hist_ptr": counts}, constants, 4, streams=0, essential=False)
-        )
+        signature["hist_ptr"] = counts
+        essential = bins == 256
+        listed.append(Variant(_rearm_kernel, label, dict(signature), constants, 4, streams=0, essential=essential))
     return listed

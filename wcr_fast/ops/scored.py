@@ -16,7 +16,7 @@ from wcr_fast.torch_path import allocate
 from wcr_fast.torch_path import scores as torch_scores
 from wcr_fast.torch_path import select as torch_select
 from wcr_fast.torch_path.blocks import MemorySource
-from wcr_fast.torch_path.cuts import Cuts
+from wcr_fast.torch_path.cuts import Counts, Cuts
 from wcr_fast.torch_path.window import KeySource, window_search
 from wcr_fast.weights import Weight
 
@@ -52,13 +52,15 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]], scor
     return torch_select.cuts_of(found, dtypes, tensors[0].device)
 
 
-def apply(tensors: Sequence[Tensor], cuts: Cuts, scored: Scored, out: Sequence[Tensor] | None = None) -> None:
-    """Write +0.0 to what the cuts (Q = 1) remove, or with ``out`` their keep masks (bool, contiguous) into it."""
+def apply(tensors: Sequence[Tensor], cuts: Cuts, scored: Scored, out: Sequence[Tensor] | None = None) -> Counts | None:
+    """Write +0.0 to what the cuts (Q = 1) remove, or with ``out`` their keep masks (bool, contiguous) into it.
+
+    Returns, in place, what was counted on the way where the search of the cuts counted nothing.
+    """
     triton = _triton(tensors, scored)
     if triton is not None:
-        triton.apply(tensors, cuts, out, scored)
-    else:
-        torch_scores.apply(tensors, cuts, out, scored)
+        return triton.apply(tensors, cuts, out, scored)
+    return torch_scores.apply(tensors, cuts, out, scored)
 
 
 def apply_lines(

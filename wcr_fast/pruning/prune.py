@@ -155,7 +155,7 @@ class Plan:
     sparsities: list[float | None]
     scope: str
     left_out: tuple[tuple[str, str], ...]
-    zeros: np.ndarray  # int64 [L], before anything is written
+    zeros: np.ndarray | None  # int64 [L], before anything is written; None where writing tells
     cuts: Cuts | None  # None for row and n:m, which select and write in one go
     ranking: Ranking  # by magnitude, unless asked otherwise
 
@@ -179,12 +179,14 @@ class Plan:
             select.raise_on_nan(cuts.bad, labels, op, ", nothing was written", score=ranking.name)
         elif ranking.scored is not None:
             ranking.check_lines(tensors, labels, op)
+        zeros = None
         if cuts is not None and cuts.counts is not None and ranking.scored is None:
-            zeros = cuts.counts.zeros
-        else:
+            zeros = cuts.counts.zeros.cpu().numpy()
+        elif cuts is None or ranking.scored is not None:
             zeros, bad = select.survey(tensors)
             select.raise_on_nan(bad, labels, op, ", nothing was written")
-        return cls(weights, sparsities, scope, left_out, zeros.cpu().numpy(), cuts, ranking)
+            zeros = zeros.cpu().numpy()
+        return cls(weights, sparsities, scope, left_out, zeros, cuts, ranking)
 
     def apply(self, q: int) -> PruneRecord:
         """Write the q-th sparsity into the weights and return the record; warn where a layer loses everything."""
@@ -217,42 +219,33 @@ class Plan:
                 for rest in (v.shape[-1] % m,)
             ]
         after = select.survey(tensors)[0].tolist()
-        return self._record(q, removed, after, [None] * len(tensors), notes)
+        return self._record(q, removed, after, self.zeros, [None] * len(tensors), notes)
 
     def _write_cuts(self, tensors: list[Tensor], q: int) -> PruneRecord:
         """Prune at the cuts of the list or of every layer."""
         cuts = self.cuts.at(q)
+        counts = self.ranking.apply(tensors, cuts) or cuts.counts
+        before = counts.zeros.cpu().numpy() if self.zeros is None else self.zeros
         key, ties = cuts.key[:, 0].cpu().numpy(), cuts.ties[:, 0].cpu().numpy()
         numels = np.array([w.param.numel() for w in self.weights])
-        if cuts.counts is not None:
-            self.ranking.apply(tensors, cuts)
-            kept = cuts.counts.above[:, 0].cpu().numpy() + _share(ties, cuts.counts.tied[:, 0].cpu().numpy())
-            removed = numels - kept
+        removed = numels - counts.above[:, 0].cpu().numpy() - _share(ties, counts.tied[:, 0].cpu().numpy())
+        if self.ranking.scored is None:
             # Above a cut of zero everything stays: there the zeros are what they were.
-            after = np.where(key == 0, self.zeros, removed)
-        elif self.ranking.scored is not None:  # which weights stay doesn't show in their zeros
-            masks = [torch.empty(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
-            self.ranking.apply(tensors, cuts, masks)
-            for tensor, mask in zip(tensors, masks, strict=True):
-                tensor.masked_fill_(~mask, 0.0)
-            removed = numels - torch.stack([m.count_nonzero() for m in masks]).cpu().numpy()
-        else:
-            self.ranking.apply(tensors, cuts)
-            after = select.survey(tensors)[0].cpu().numpy()
-            removed = np.where(key == 0, after - _share(ties, after), after)
-        if self.ranking.scored is not None:
+            after = np.where(key == 0, before, removed)
+        else:  # which weights stay doesn't show in their zeros
             after = select.survey(tensors)[0].cpu().numpy()
         thresholds = values_of(cuts.key[:, 0], cuts.dtype).tolist()
         thresholds *= len(tensors) // len(thresholds)
         kept = (numels - removed).tolist()
         notes = [self.ranking.note(i, *counts) for i, counts in enumerate(zip(kept, numels.tolist(), strict=True))]
-        return self._record(q, removed.tolist(), after.tolist(), thresholds, notes)
+        return self._record(q, removed.tolist(), after.tolist(), before, thresholds, notes)
 
     def _record(
         self,
         q: int,
         removed: Sequence[int],
         after: Sequence[int],
+        before: np.ndarray,
         thresholds: Sequence[float | None],
         notes: Sequence[str],
     ) -> PruneRecord:
@@ -264,7 +257,7 @@ class Plan:
             scope=self.scope,
             requested=self.sparsities[q],
             asked=self._asked(q, removed),
-            pruned_now=sum(after) - int(self.zeros.sum()),
+            pruned_now=sum(after) - int(before.sum()),
             zeros=sum(after),
             numel=sum(layer.numel for layer in layers),
             threshold=thresholds[0] if self.scope == "global" and len(set(thresholds)) == 1 else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 from wcr_fast.ops import scored as ops
 from wcr_fast.ops import select
 from wcr_fast.score import NAMED, Score, Scored, inverse_rms
-from wcr_fast.torch_path.cuts import Cuts
+from wcr_fast.torch_path.cuts import Counts, Cuts
 from wcr_fast.weights import Weight
 
 MAGNITUDE, LAMP = "magnitude", "lamp"
@@ -80,12 +80,14 @@ class Ranking:
             return select.path_for(tensors).find_cuts(tensors, counts)
         return ops.find_cuts(tensors, counts, self.scored)
 
-    def apply(self, tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = None) -> None:
-        """Apply cuts (Q = 1): in place, or as keep masks into ``out``."""
+    def apply(self, tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = None) -> Counts | None:
+        """Apply cuts (Q = 1): in place, or as keep masks into ``out``.
+
+        Returns, in place, what was counted on the way where the search of the cuts counted nothing.
+        """
         if self.scored is None:
-            select.path_for(tensors).apply(tensors, cuts, out)
-        else:
-            ops.apply(tensors, cuts, self.scored, out)
+            return select.path_for(tensors).apply(tensors, cuts, out)
+        return ops.apply(tensors, cuts, self.scored, out)
 
     def apply_lines(
         self,

@@ -65,7 +65,8 @@ def in_any_order(tensor: Tensor) -> Tensor:
 class Search:
     """One search: its tables, and what its passes share."""
 
-    tensors: Sequence[Tensor]  # kept: the tables hold their addresses only
+    tensors: Sequence[Tensor]  # the tables hold their addresses only
+    numbers: Numbers | None
     tables: list[TensorTable]
     numels: list[int]  # of the tables
     order: list[int]  # chunks of all earlier tensors
@@ -76,7 +77,6 @@ class Search:
     sampled: bool
     warm: Tensor
     bad: Tensor
-    formula: KeyFormula = MAGNITUDE
 
     @classmethod
     def of(
@@ -109,9 +109,12 @@ class Search:
         elif warm is None:
             warm = torch.empty(2 * cuts, dtype=torch.int64, device=device)
         bad = torch.zeros(len(tensors), dtype=torch.uint8, device=device)
-        formula = MAGNITUDE if numbers is None else numbers.formula
         state = start.clone()
-        return cls(tensors, tables, numels, order, dtype, state, shape, max_bins, sampled, warm, bad, formula)
+        return cls(tensors, numbers, tables, numels, order, dtype, state, shape, max_bins, sampled, warm, bad)
+
+    @property
+    def formula(self) -> KeyFormula:
+        return MAGNITUDE if self.numbers is None else self.numbers.formula
 
     @property
     def num_queries(self) -> int:

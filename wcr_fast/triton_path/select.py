@@ -15,7 +15,7 @@ from wcr_fast.kernels.scores import MAGNITUDE
 from wcr_fast.kernels.survey import launch_survey
 from wcr_fast.score import Scored
 from wcr_fast.table import TensorTable, build_table, group, on_device
-from wcr_fast.torch_path.cuts import Cuts
+from wcr_fast.torch_path.cuts import Counts, Cuts
 from wcr_fast.torch_path.layout import is_dense
 from wcr_fast.triton_path.cuts import chunk_order, find_cuts, in_any_order
 from wcr_fast.triton_path.numbers import Numbers, columns_of, numbers_of
@@ -91,10 +91,11 @@ def _mask_tables(
 
 def apply(
     tensors: Sequence[Tensor], cuts: Cuts, out: Sequence[Tensor] | None = None, scored: Scored | None = None
-) -> None:
+) -> Counts | None:
     """Apply cuts (Q = 1): write +0.0 to what is removed, or keep masks (bool, contiguous) into ``out``.
 
-    Nothing is written in place when a tensor holds NaN. With scores, those that the cuts were found by.
+    Nothing is written in place when a tensor holds NaN. With scores, those that the cuts were found by. Returns, in
+    place, how many keys of each tensor were above the cut, equal to it, and zero.
     """
     tensors = [t.detach() for t in tensors]
     device = tensors[0].device
@@ -106,6 +107,7 @@ def apply(
         ties_before = torch.zeros(order[-1] + 1, dtype=torch.int64, device=device)
         known = cuts.chunk_ties is not None
         ties = cuts.chunk_ties[0] if known else torch.empty(order[-1], dtype=torch.int32, device=device)
+        counts = torch.zeros((len(tensors) if out is None else 0, 3), dtype=torch.int64, device=device)
         any_bad = cuts.bad.any().view(torch.uint8)
         formula = MAGNITUDE if numbers is None else numbers.formula
         shared = {"key_dtype": cuts.dtype, "per_layer": key.shape[0] > 1, "score": formula}
@@ -113,7 +115,7 @@ def apply(
         def mask(chosen: Sequence[TensorTable], what: int) -> None:
             for table in chosen:
                 outs = None if out is None else table.addresses([out[i] for i in table.positions])
-                at = table.rows, table.block_to_tensor, outs, key, quota, ties_before, ties, any_bad
+                at = table.rows, table.block_to_tensor, outs, key, quota, ties_before, ties, counts, any_bad
                 launch_mask(*at, dtype=table.dtype, what=what, **shared)
 
         def add_up() -> None:
@@ -132,6 +134,7 @@ def apply(
         if permuted:
             add_up()
             mask(permuted, TRIM)
+    return Counts(counts[:, :1], counts[:, 1:2], counts[:, 2]) if out is None else None
 
 
 def apply_rows(views: Sequence[Tensor], num_keep: Sequence[int], out_views: Sequence[Tensor] | None = None) -> Tensor:
