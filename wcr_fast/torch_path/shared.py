@@ -19,10 +19,12 @@ from wcr_fast.torch_path.window import (
     SAMPLE_MAX,
     SAMPLE_MIN,
     Found,
+    KeyCounter,
     KeySource,
     Tally,
     Window,
     count_windows,
+    histogram,
     sample_variance,
 )
 from wcr_fast.torch_path.window import COUNTERS as BIN_COUNTERS
@@ -109,11 +111,14 @@ def descend(
     return lo, hi
 
 
-def shared_search(source: KeySource, num_keep: Sequence[int], total: int, *, counters: int = COUNTERS) -> Sums[Found]:
+def shared_search(
+    source: KeySource | KeyCounter, num_keep: Sequence[int], total: int, *, counters: int = COUNTERS
+) -> Sums[Found]:
     """Find the cuts that keep the ``num_keep[q]`` largest keys of all processes; see ``window_search``.
 
     Args:
-        source: this process's keys; each process has the same number of tensors, some of them empty or parts.
+        source: this process's keys; each process has the same number of tensors, some of them empty or parts. Those of
+            all processes are KeySources, or all are KeyCounters: this decides which windows follow.
         num_keep: ranks among the keys of all processes, each in [0, total].
         total: number of keys of all processes.
         counters: about how many counts a round may send.
@@ -157,7 +162,8 @@ class _Collected:
 class _Shared:
     """The state of one search in one process; all but counts per tensor is equal in all of them."""
 
-    def __init__(self, source: KeySource, num_keep: Sequence[int], total: int, counters: int) -> None:
+    def __init__(self, source: KeySource | KeyCounter, num_keep: Sequence[int], total: int, counters: int) -> None:
+        self.counts = isinstance(source, KeyCounter)
         self.source, self.num_keep, self.total = source, list(num_keep), total
         self.counters, self.integer = max(1, counters), _integer(total)
         self.top = INF_KEYS[source.dtype] + 1
@@ -217,7 +223,7 @@ class _Shared:
         if not ranks:
             return []
         if self.total <= SAMPLE_MIN:
-            return [Window(0, self.top, tuple(ranks), limit=self.total)]
+            return [self._window(0, self.top, tuple(ranks), self.total)]
         lines = self._attempt(self._sample)
         lines = np.empty((0, 1), np.int64) if lines is None else lines
         ranked = np.sort(lines, axis=None)
@@ -264,14 +270,12 @@ class _Shared:
         return lo[:half], hi[half:], share
 
     def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> Window:
-        limit, shift = self.capacity * len(ranks), 0
+        limit = self.capacity * len(ranks)
         if hi - lo <= max(NARROW, self.bins):
             return Window(lo, hi, ranks)
-        if expected <= limit:
+        if not self.counts and expected <= limit:
             return Window(lo, hi, ranks, limit=limit)
-        while (hi - lo - 1) >> shift >= self.bins:
-            shift += 1
-        return Window(lo, hi, ranks, shift=shift)
+        return histogram(lo, hi, ranks, self.bins, self.top if self.counts else 0)
 
     def _resolve(
         self, windows: Sequence[Window], tally: Tally, above: np.ndarray, inside: np.ndarray

@@ -167,9 +167,10 @@ def chunk_order(tensors: Sequence[Tensor]) -> list[int]:
     return np.cumsum([0, *(-(-t.numel() // CHUNK) for t in tensors)]).tolist()
 
 
-def _tables(
+def select_tables(
     tensors: Sequence[Tensor], order: Sequence[int], numbers: Numbers | None
 ) -> tuple[list[TensorTable], list[int]]:
+    """Return the tables of a search over tensors that each fill a block of memory, and how many weights each has."""
     tables, numels = [], []
     for positions in group(tensors):
         listed = [tensors[i] for i in positions]
@@ -230,7 +231,7 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]], scor
     sampled = shape[0] == 1 and total >= SAMPLE_FROM
     with on_device(device):
         order = chunk_order(tensors)
-        tables, numels = _tables(tensors, order, numbers)
+        tables, numels = select_tables(tensors, order, numbers)
         start = _start(device, current_stream(device), dtype, wanted, max_bins, not sampled)
         keep_for_graph(device, start)
         bad = torch.zeros(len(tensors), dtype=torch.bool, device=device)
