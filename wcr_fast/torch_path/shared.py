@@ -140,9 +140,11 @@ def shared_search(
 
 
 class _Collected:
-    """The keys of one window: this process's, by tensor."""
+    """The keys of one window: this process's, by tensor. Places count from the window's first key."""
 
     def __init__(self, tally: Tally, i: int, dtype: np.dtype) -> None:
+        self.lo = tally.windows[i].lo
+        self.places = tally.windows[i].hi - self.lo
         self.keys = np.concatenate([np.empty(0, dtype), *tally.keys[i]])
         nothing = np.empty(0, np.int64)
         owners = np.concatenate([nothing, *(tensors for tensors, _ in tally.owners[i])]).astype(np.int64)
@@ -150,13 +152,38 @@ class _Collected:
         starts = np.cumsum(counts) - counts
         # reduceat gives a wrong value for empty segments
         self.owners, self.starts = owners[counts > 0], starts[counts > 0]
-        self.ranked = np.sort(self.keys)
+        self.ranked, self.tensors = np.sort(self.keys), len(tally.zeros)
 
-    def per_tensor(self, flags: np.ndarray, tensors: int) -> np.ndarray:
-        found = np.zeros(tensors, np.int64)
+    def at_least(self, places: np.ndarray) -> np.ndarray:
+        """Return how many keys are at each place or above it."""
+        return _at_least(self.ranked, self.lo + places)
+
+    def per_tensor(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many keys lie above a place and how many at it, in each tensor."""
+        return self._sums(self.keys > self.lo + place), self._sums(self.keys == self.lo + place)
+
+    def _sums(self, flags: np.ndarray) -> np.ndarray:
+        found = np.zeros(self.tensors, np.int64)
         if flags.size:
             np.add.at(found, self.owners, np.add.reduceat(flags, self.starts, dtype=np.int64))
         return found
+
+
+class _Binned:
+    """The counts of one window's bins: this process's, by tensor. Places are bins."""
+
+    def __init__(self, tally: Tally, i: int) -> None:
+        self.places = tally.windows[i].bins
+        self.bins = tally.bins[i] if self.places > 1 else tally.inside[i][:, None]
+        self._reach = np.cumsum(self.bins.sum(axis=0)[::-1])[::-1]
+
+    def at_least(self, places: np.ndarray) -> np.ndarray:
+        """Return how many keys are at each place or above it."""
+        return self._reach[places]
+
+    def per_tensor(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many keys lie above a place and how many at it, in each tensor."""
+        return self.bins[:, place + 1 :].sum(axis=1), self.bins[:, place]
 
 
 class _Shared:
@@ -169,7 +196,7 @@ class _Shared:
         self.top = INF_KEYS[source.dtype] + 1
         self.tensors = len(source.numels)
         self.capacity = SAMPLE_MIN + min(total // 64, COLLECT_MAX)
-        self.bins = max(2, min(BINS, BIN_COUNTERS // max(self.tensors, 1), self.counters))
+        self.bins = max(2, min(BINS, BIN_COUNTERS // max(self.tensors, 1)))
         shape = (self.tensors, len(self.num_keep))
         self.key = [self.top] * shape[1]
         self.above, self.tied = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -282,8 +309,7 @@ class _Shared:
     ) -> Sums[list[Window]]:
         """Settle the ranks whose keys are at hand; return windows for the others."""
         following: list[Window] = []
-        binned: list[tuple[int, list[int]]] = []
-        collected: list[tuple[int, int]] = []
+        wanted: list[tuple[int, int]] = []
         for i, window in enumerate(windows):
             first, last = int(above[i]), int(above[i] + inside[i])
             missed_up = tuple(q for q in window.ranks if self.num_keep[q] <= first)
@@ -293,66 +319,45 @@ class _Shared:
                 following.append(self._window(window.hi, self.top, missed_up, first))
             if missed_down:
                 following.append(self._window(0, window.lo, missed_down, self.total - last))
-            if ranks and not window.limit:
-                binned.append((i, ranks))
-            elif ranks and inside[i] <= window.limit:
-                collected += [(i, q) for q in ranks]
-            elif ranks:  # overflowed: histogram
+            if ranks and inside[i] > window.limit > 0:  # overflowed: histogram
                 following.append(self._window(window.lo, window.hi, tuple(ranks), np.inf))
-        if binned:
-            following += yield from self._from_bins(windows, tally, above, binned)
-        if collected:
-            yield from self._from_keys(windows, tally, above, collected)
+            else:
+                wanted += [(i, q) for q in ranks]
+        if wanted:
+            following += yield from self._find(windows, tally, above, wanted)
         return following
 
-    def _from_bins(
-        self, windows: Sequence[Window], tally: Tally, above: np.ndarray, binned: Sequence[tuple[int, list[int]]]
-    ) -> Sums[list[Window]]:
-        for i, _ in binned:
-            if windows[i].bins == 1:
-                tally.bins[i][:, 0] = tally.inside[i]
-        sums = yield np.concatenate([tally.bins[i].sum(axis=0) for i, _ in binned]).astype(self.integer)
-        narrower: list[Window] = []
-        for (i, ranks), totals in zip(
-            binned, np.split(sums, np.cumsum([windows[i].bins for i, _ in binned])[:-1]), strict=True
-        ):
-            window, bins = windows[i], tally.bins[i]
-            at_least = above[i] + np.cumsum(totals[::-1])[::-1]  # keys in bin b or above
-            found: dict[int, list[int]] = {}
-            for q in ranks:
-                found.setdefault(int(np.flatnonzero(at_least >= self.num_keep[q])[-1]), []).append(q)
-            for b, mine in found.items():
-                lo = window.lo + (b << window.shift)
-                if window.shift:
-                    hi = min(lo + (1 << window.shift), window.hi)
-                    narrower.append(self._window(lo, hi, tuple(mine), int(totals[b])))
-                    continue
-                for q in mine:
-                    self._settle(q, lo, tally.above[i] + bins[:, b + 1 :].sum(axis=1), bins[:, b])
-        return narrower
-
-    def _from_keys(
+    def _find(
         self, windows: Sequence[Window], tally: Tally, above: np.ndarray, wanted: Sequence[tuple[int, int]]
-    ) -> Sums[None]:
-        """Settle ranks of collected windows, given as pairs of a window and a rank."""
+    ) -> Sums[list[Window]]:
+        """Settle ranks, given as pairs of a window and a rank, or return the bins that hold them as windows."""
         integer = next((keys.dtype for i, _ in wanted for keys in tally.keys[i]), np.dtype(np.int64))
-        held = {i: _Collected(tally, i, integer) for i in dict.fromkeys(i for i, _ in wanted)}
+        held = {
+            i: _Collected(tally, i, integer) if windows[i].limit else _Binned(tally, i)
+            for i in dict.fromkeys(i for i, _ in wanted)
+        }
 
         def count(which: np.ndarray, places: np.ndarray) -> np.ndarray:
-            return np.stack([_at_least(held[wanted[t][0]].ranked, row) for t, row in zip(which, places, strict=True)])
+            return np.stack([held[wanted[t][0]].at_least(row) for t, row in zip(which, places, strict=True)])
 
-        lo = np.array([windows[i].lo for i, _ in wanted])
-        hi = np.array([windows[i].hi for i, _ in wanted])
+        ends = np.array([held[i].places for i, _ in wanted])
         target = np.array([self.num_keep[q] - above[i] for i, q in wanted])
-        cuts, _ = yield from descend(count, lo, hi, target, self.counters, self.total)
-        for (i, q), cut in zip(wanted, cuts.tolist(), strict=True):
-            window = held[i]
-            greater = tally.above[i] + window.per_tensor(window.keys > cut, self.tensors)
-            self._settle(q, cut, greater, window.per_tensor(window.keys == cut, self.tensors))
-
-    def _settle(self, q: int, key: int, above: np.ndarray, tied: np.ndarray) -> None:
-        self.key[q] = key
-        self.above[:, q], self.tied[:, q] = above, tied
+        found, _ = yield from descend(count, np.zeros_like(ends), ends, target, self.counters, self.total)
+        bins: dict[tuple[int, int], list[int]] = {}
+        for (i, q), place in zip(wanted, found.tolist(), strict=True):
+            if windows[i].shift:
+                bins.setdefault((i, place), []).append(q)
+                continue
+            higher, self.tied[:, q] = held[i].per_tensor(place)
+            self.key[q], self.above[:, q] = windows[i].lo + place, tally.above[i] + higher
+        if not bins:
+            return []
+        sizes = yield np.array([held[i].per_tensor(b)[1].sum() for i, b in bins]).astype(self.integer)
+        narrower = []
+        for ((i, b), ranks), size in zip(bins.items(), sizes.tolist(), strict=True):
+            lo, width = windows[i].lo + (b << windows[i].shift), 1 << windows[i].shift
+            narrower.append(self._window(lo, min(lo + width, windows[i].hi), tuple(ranks), size))
+        return narrower
 
 
 def _integer(most: int) -> type[np.signedinteger]:
