@@ -188,7 +188,7 @@ def test_what_takes_the_kernels(monkeypatch):
 def test_lamps_sums_are_those_of_exact_arithmetic(dtype):
     for weight in (torch.randn(3000), torch.randn(3000).mul(6).exp(), torch.full((100,), 3.0)):
         weight = weight.to(dtype) * (1e200 if dtype == torch.float64 else 1.0)
-        found = torch.from_numpy(allocate.LampSource([weight]).keys(0)).view(torch.float64)
+        found = allocate.LampSource([weight]).keys(0).view(torch.float64)
         squares = [Fraction(w) ** 2 for w in sorted(map(abs, weight.tolist()), reverse=True)]
         scores = [float(s / total) for s, total in zip(squares, itertools.accumulate(squares), strict=True)]
         torch.testing.assert_close(found, torch.tensor(scores, dtype=torch.float64), rtol=1e-15, atol=0)

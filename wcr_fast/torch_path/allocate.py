@@ -60,23 +60,25 @@ class LampSource:
         self.dtype = torch.float64
         self.numels = [t.numel() for t in tensors]
 
-    def keys(self, i: int) -> np.ndarray:
+    def keys(self, i: int) -> Tensor:
+        """Return the keys of tensor i, falling, on its device."""
         falling = self.tensors[i].abs().reshape(-1).sort(descending=True).values.double()
         largest = falling[0].item()  # NaN comes first
         if not math.isfinite(largest):
-            return keys_of(torch.full_like(falling, math.nan), self.dtype).cpu().numpy()
+            return keys_of(torch.full_like(falling, math.nan), self.dtype)
         exponent, bits = math.frexp(largest)[1], 62 - falling.numel().bit_length()
         half = exponent // 2  # in two steps, as one factor may be out of range
         squares = falling.mul_(2.0**-half).mul_(2.0 ** (half - exponent)).square_().mul_(2.0**bits)
         high = squares.floor()
         low = (squares - high).mul_(2.0**bits).round_()
         sums = low.long().cumsum_(0).double().mul_(2.0**-bits).add_(high.long().cumsum_(0).double())
-        return keys_of((squares / sums).masked_fill_(squares == 0, 0.0), self.dtype).cpu().numpy()
+        return keys_of((squares / sums).masked_fill_(squares == 0, 0.0), self.dtype)
 
     def sample(self, size: int) -> np.ndarray:
         """Return all keys of small lists, else evenly spread ones: a sorted tensor is its own summary."""
         step = max(1, -(-sum(self.numels) // size))
-        return np.concatenate([self.keys(i)[::step] for i, numel in enumerate(self.numels) if numel]).reshape(-1, 1)
+        parts = [self.keys(i)[::step].cpu() for i, numel in enumerate(self.numels) if numel]
+        return torch.cat(parts).numpy().reshape(-1, 1)
 
     def streams(self, count: int) -> list[Iterator[KeyBlock]]:
         """Return one iterator; see window.KeySource."""
@@ -85,4 +87,4 @@ class LampSource:
     def _blocks(self) -> Iterator[KeyBlock]:
         for i, numel in enumerate(self.numels):
             if numel:
-                yield KeyBlock([i], [0], self.keys(i))
+                yield KeyBlock([i], [0], self.keys(i).cpu().numpy())

@@ -169,6 +169,8 @@ class Tally:
     def _bin(self, i: int, tensors: Sequence[int], counts: np.ndarray, keys: np.ndarray) -> None:
         offsets = (keys - self.windows[i].lo) >> self.windows[i].shift
         bins, stop = self.bins[i], 0
+        if self.windows[i].hi >= self.top:  # of NaN, which lies beyond the last bin, nothing is asked
+            np.minimum(offsets, bins.shape[1] - 1, out=offsets)
         for tensor, count in zip(tensors, counts, strict=True):
             start, stop = stop, stop + count
             if count:
