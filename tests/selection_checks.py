@@ -161,6 +161,10 @@ def several_meshes():
             wcr_fast.prune_([part], 0.5)
 
 
+def cannot_run(tensors):
+    raise RuntimeError("no GPU")
+
+
 def kernels():
     """Triton's kernels count for the search over all ranks, and write the shards; where one rank can't, none counts."""
     torch.manual_seed(8)
@@ -177,6 +181,11 @@ def kernels():
     with wcr_fast.backend("torch" if dist.get_rank() == 0 else "triton"):
         parts = [cut(t, *layout) for t, layout in zip(tensors, layouts, strict=True)]
         assert torch.equal(*(wcr_fast.magnitude_threshold(listed, 0.7) for listed in (parts, tensors)))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr("wcr_fast.ops.paths.use_triton", cannot_run)
+        with pytest.raises(RuntimeError, match=r"no GPU|another process can't run"):
+            wcr_fast.magnitude_threshold(parts, 0.7)
 
 
 def large():

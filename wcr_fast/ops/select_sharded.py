@@ -48,7 +48,17 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
 
 def _source(layout: Layout) -> Callable[[Sequence[Tensor]], KeySource | KeyCounter]:
     """Return what makes a source of shards: Triton's where all processes can take it, as their searches go in step."""
-    if layout.ranks.sum(np.array([not takes_triton(layout.shards)], np.int32))[0]:
+    host, error = True, None
+    try:
+        host = not takes_triton(layout.shards)
+    except RuntimeError as found:
+        error = found
+    host, failed = layout.ranks.sum(np.array([host, error is not None], np.int32)).tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("sharded weights: another process can't run the backend that was asked for; it says why")
+    if host:
         return MemorySource
     from wcr_fast.triton_path.source import DeviceSource
 
