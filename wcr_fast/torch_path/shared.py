@@ -38,8 +38,9 @@ Sums = Generator[np.ndarray, np.ndarray, T]
 COUNTERS = 512
 # A window of at most this many keys is counted key by key.
 NARROW = 32
-# The sample's quantiles need not be known to the last bit: 1/256 of a binade, or all where that leaves too many keys.
-FINE = 8
+# The sample's quantiles need not be known to the last bit: 1/256 of a binade, or all where that leaves too many keys to
+# collect; 1/64 where keys are counted only.
+FINE, COUNTED_FINE = 8, 6
 MANTISSA = {0x7C00: 10, 0x7F80: 7, 0x7F80_0000: 23, 0x7FF0_0000_0000_0000: 52}  # by infinity's key
 # Variances of the sample travel in this unit: as small as counts.
 SPREAD = 64
@@ -281,15 +282,18 @@ class _Shared:
         return self.source.sample(max(256, size * mine // self.total)) if mine else np.empty((0, 1), np.int64)
 
     def _spans(self, ranked: np.ndarray, target: np.ndarray, size: int) -> Sums[tuple[np.ndarray, ...]]:
-        """Return windows [lo, hi) between targets of the sample [2 W], and their shares of it."""
+        """Return windows [lo, hi) between targets of the sample [2 W], and their shares of it where these matter."""
         half = len(target) // 2
 
         def count(which: np.ndarray, places: np.ndarray) -> np.ndarray:
             return _at_least(ranked, places)
 
         lo, hi = np.zeros(2 * half, np.int64), np.full(2 * half, self.top, np.int64)
-        for until in (1 << max(MANTISSA[self.top - 1] - FINE, 0), 1):
+        fine = COUNTED_FINE if self.counts else FINE
+        for until in (1 << max(MANTISSA[self.top - 1] - fine, 0), 1):
             lo, hi = yield from descend(count, lo, hi, target, self.counters, self.total, until)
+            if self.counts:
+                return lo[:half], hi[half:], np.zeros(half)
             inside = _at_least(ranked, lo[:half]) - _at_least(ranked, hi[half:])
             share = (yield inside.astype(self.integer)) / max(size, 1)
             if share.sum() * self.total <= self.capacity:
@@ -352,7 +356,9 @@ class _Shared:
             self.key[q], self.above[:, q] = windows[i].lo + place, tally.above[i] + higher
         if not bins:
             return []
-        sizes = yield np.array([held[i].per_tensor(b)[1].sum() for i, b in bins]).astype(self.integer)
+        sizes = np.zeros(len(bins), self.integer)
+        if not self.counts:  # else how many they are decides nothing
+            sizes = yield np.array([held[i].per_tensor(b)[1].sum() for i, b in bins]).astype(self.integer)
         narrower = []
         for ((i, b), ranks), size in zip(bins.items(), sizes.tolist(), strict=True):
             lo, width = windows[i].lo + (b << windows[i].shift), 1 << windows[i].shift
