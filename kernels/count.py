@@ -2,7 +2,8 @@
 
 Keys of 16 bits are counted in 256 bins per chunk (``_codes_kernel``): their counts also say how many keys of each
 chunk equal the cut, which breaks ties without another pass. Wider keys are counted in one large histogram in global
-memory (``_fine_kernel``), which stays in the second-level cache: 2^19 bins hold a sampled window of float32.
+memory (``_fine_kernel``), which stays in the second-level cache: 2^19 bins hold a sampled window of float32. Searches
+that the host leads count keys of any width so, per tensor.
 
 Bytes per weight: the keys once, and per weight inside the window one count; per chunk of 16-bit keys 256 counts.
 """
@@ -304,7 +305,7 @@ def _code_ties_kernel(
         tl.store(ties_ptr + place + q * num_chunks.to(tl.int64), ties.to(tl.int32), mask=mask)
 
 
-def _pass_constants(
+def _fine_constants(
     dtype: torch.dtype,
     key_dtype: torch.dtype,
     per_layer: bool,
@@ -314,13 +315,13 @@ def _pass_constants(
     score: KeyFormula = MAGNITUDE,
 ) -> dict:
     constants = {"DTYPE": TRITON_DTYPES[dtype], "INF": INF_KEYS[key_dtype]}
-    by_code = key_dtype.itemsize == 2
-    if not by_code:
-        constants |= {"KEY_BITS": 8 * key_dtype.itemsize, **score.constants()}
-    constants |= {"PER_LAYER": per_layer, "FIRST": first}
-    if by_code:
-        return constants | {"HISTOGRAM": how.histogram, "INLINE": how.inline, "BLOCK": config("codes", dtype).block}
+    constants |= {"KEY_BITS": 8 * key_dtype.itemsize, **score.constants(), "PER_LAYER": per_layer, "FIRST": first}
     return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": _fine_config(dtype, score).block}
+
+
+def _codes_constants(dtype: torch.dtype, per_layer: bool, first: bool, how: Counting) -> dict:
+    constants = {"DTYPE": TRITON_DTYPES[dtype], "INF": INF_KEYS[dtype], "PER_LAYER": per_layer, "FIRST": first}
+    return constants | {"HISTOGRAM": how.histogram, "INLINE": how.inline, "BLOCK": config("codes", dtype).block}
 
 
 def _fine_config(dtype: torch.dtype, score: KeyFormula) -> LaunchConfig:
@@ -344,7 +345,7 @@ def launch_fine(
     """Count the keys of open windows in hist (int32 or int64 [S * Q, bins]); the first pass marks NaN in bad."""
     wide = hist.dtype == torch.int64
     args = rows, block_to_tensor, state, hist, bad, num_queries, hist.shape[1]
-    constants = _pass_constants(dtype, key_dtype, per_layer, first, wide, counting(), score)
+    constants = _fine_constants(dtype, key_dtype, per_layer, first, wide, counting(), score)
     launch(_fine_kernel, block_to_tensor.numel(), args, constants, _fine_config(dtype, score).options())
 
 
@@ -366,7 +367,7 @@ def launch_codes(
 ) -> None:
     """Count the keys of open windows per chunk: codes [Q, chunks of the list, CODES]; the first pass marks NaN."""
     args = rows, block_to_tensor, state, codes, bad, codes.shape[0], codes.shape[1]
-    constants = _pass_constants(dtype, dtype, per_layer, first, False, counting())
+    constants = _codes_constants(dtype, per_layer, first, counting())
     launch(_codes_kernel, block_to_tensor.numel(), args, constants, config("codes", dtype).options())
 
 
@@ -404,7 +405,7 @@ def launch_code_ties(
 
 def variants() -> list[Variant]:
     """Return the forms of this module's kernels that the code generation check compiles."""
-    return [*_pass_variants(), *_score_variants(), *_codes_variants()]
+    return [*_fine_variants(), *_score_variants(), *_codes_variants()]
 
 
 def _score_variants() -> list[Variant]:
@@ -417,7 +418,7 @@ def _score_variants() -> list[Variant]:
                     _fine_kernel,
                     f"{dtype} {label}".replace("torch.", ""),
                     signature,
-                    _pass_constants(dtype, torch.float32, False, True, False, counting("cuda"), formula),
+                    _fine_constants(dtype, torch.float32, False, True, False, counting("cuda"), formula),
                     _fine_config(dtype, formula).warps,
                     streams=1 + numbers,
                     bytes_per_element=(1 + numbers) * dtype.itemsize,
@@ -434,28 +435,22 @@ _TABLES = {"rows_ptr": "*i64", "block_to_tensor_ptr": "*i32"}
 _STATE = {"state_ptr": "*i64"}
 
 
-def _pass_variants() -> list[Variant]:
-    fine = {**_TABLES, **_STATE, "bad_ptr": "*u8", "num_queries": "i32", "max_bins": "i32"}
-    codes = {**_TABLES, **_STATE, "bad_ptr": "*u8", "num_queries": "i32", "num_chunks": "i32"}
+def _fine_variants() -> list[Variant]:
+    signature = {**_TABLES, **_STATE, "bad_ptr": "*u8", "num_queries": "i32", "max_bins": "i32"}
     mixed = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)]
     listed = []
     for backend in ("cuda", "hip"):
-        how = counting(backend)
         for dtype, key_dtype in [*((d, d) for d in TRITON_DTYPES), *mixed]:
-            by_code = key_dtype.itemsize == 2
-            for first, wide in (
-                ((True, False), (False, False)) if by_code else ((True, False), (False, False), (True, True))
-            ):
+            per_layer = key_dtype.itemsize == 2  # only the host's searches count keys of 16 bits so, tensor by tensor
+            for first, wide in ((True, False), (False, False), (True, True)):
                 label = f"{dtype} as {key_dtype}, {'first' if first else 'later'} pass{', 64-bit counts' * wide}"
-                kernel, signature = (_codes_kernel, codes) if by_code else (_fine_kernel, fine)
-                counts = ("*u16" if how.histogram else "*i32") if by_code else "*i64" if wide else "*i32"
-                settings = config("codes" if by_code else "fine", dtype)
+                settings = config("fine", dtype)
                 listed.append(
                     Variant(
-                        kernel,
-                        label.replace("torch.", ""),
-                        {**signature, "codes_ptr" if by_code else "hist_ptr": counts},
-                        _pass_constants(dtype, key_dtype, False, first, wide, how),
+                        _fine_kernel,
+                        label.replace("torch.", "") + ", per layer" * per_layer,
+                        {**signature, "hist_ptr": "*i64" if wide else "*i32"},
+                        _fine_constants(dtype, key_dtype, per_layer, first, wide, counting(backend)),
                         settings.warps,
                         essential=dtype == key_dtype and first and not wide,
                         bytes_per_element=dtype.itemsize,
@@ -467,11 +462,29 @@ def _pass_variants() -> list[Variant]:
 
 
 def _codes_variants() -> list[Variant]:
+    codes = {**_TABLES, **_STATE, "bad_ptr": "*u8", "num_queries": "i32", "num_chunks": "i32"}
     by_codes = {**_TABLES, **_STATE, "hist_ptr": "*i64", "counters_ptr": "*i32", "warm_ptr": "*i64"}
     by_codes |= dict.fromkeys(("num_queries", "num_chunks", "num_sums"), "i32")
     ties = {**_TABLES, **_STATE, "ties_ptr": "*i32"}
     ties |= dict.fromkeys(("num_queries", "num_chunks", "table_chunks"), "i32")
     listed = []
+    for backend in ("cuda", "hip"):
+        how = counting(backend)
+        for dtype in (d for d in TRITON_DTYPES if d.itemsize == 2):
+            for first in (True, False):
+                listed.append(
+                    Variant(
+                        _codes_kernel,
+                        f"{dtype} as {dtype}, {'first' if first else 'later'} pass".replace("torch.", ""),
+                        {**codes, "codes_ptr": "*u16" if how.histogram else "*i32"},
+                        _codes_constants(dtype, False, first, how),
+                        config("codes", dtype).warps,
+                        essential=first,
+                        bytes_per_element=dtype.itemsize,
+                        options=config("codes", dtype).options(),
+                        backend=backend,
+                    )
+                )
     for counts in ("*u16", "*i32"):
         for per_layer in (False, True):
             label = f"{'16' if counts == '*u16' else '32'} bits{', per layer' * per_layer}"

@@ -21,6 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 import wcr_fast
 from wcr_fast.ops.ranks import traffic
 from wcr_fast.pruning import Masks
+from wcr_fast.torch_path.blocks import MemorySource
 
 SPARSITIES = (0.0, 0.5, 0.9, 1.0)
 VALUES = {
@@ -160,14 +161,31 @@ def several_meshes():
             wcr_fast.prune_([part], 0.5)
 
 
+def cannot_run(tensors):
+    raise RuntimeError("no GPU")
+
+
 def kernels():
-    """Triton's kernels write the shards of cuts found over all ranks."""
+    """Triton's kernels count for the search over all ranks, and write the shards; where one rank can't, none counts."""
     torch.manual_seed(8)
     tensors = [VALUES["ties"](6, 8), VALUES["normal"](5, 3), VALUES["ties"](4, 4)]
     line = mesh_of(dist.get_world_size())
-    with wcr_fast.backend("triton"):
-        for scope, sparsity in (("global", 0.5), ("layer", 0.5), ("row", 0.5), ("2:4", None)):
-            compare(tensors, [(line, [Shard(d)]) for d in (0, 1, 0)], scope, sparsity)
+    layouts = [(line, [Shard(d)]) for d in (0, 1, 0)]
+    with wcr_fast.backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.delattr(MemorySource, "streams")
+        if dist.get_world_size() == 2:  # the interpreter takes its time
+            for scope, sparsity in (("global", 0.5), ("layer", 0.5), ("row", 0.5), ("2:4", None)):
+                compare(tensors, layouts, scope, sparsity)
+        compare([t.bfloat16() for t in tensors], layouts, "global", 0.3)
+        compare([tensors[0].half(), tensors[1].double(), tensors[2]], layouts, "layer", 0.3)
+    with wcr_fast.backend("torch" if dist.get_rank() == 0 else "triton"):
+        parts = [cut(t, *layout) for t, layout in zip(tensors, layouts, strict=True)]
+        assert torch.equal(*(wcr_fast.magnitude_threshold(listed, 0.7) for listed in (parts, tensors)))
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 0:
+            patch.setattr("wcr_fast.ops.paths.use_triton", cannot_run)
+        with pytest.raises(RuntimeError, match=r"no GPU|another process can't run"):
+            wcr_fast.magnitude_threshold(parts, 0.7)
 
 
 def large():
@@ -362,7 +380,7 @@ def strided_memory():
 
 
 CHECKS = {
-    1: (every_placement, lists, models, curve, noticed, failures),
+    1: (every_placement, lists, kernels, models, curve, noticed, failures),
     2: (
         every_placement,
         lists,
@@ -376,7 +394,7 @@ CHECKS = {
         failures,
         strided_memory,
     ),
-    4: (every_placement, lists, large, transposed, several_meshes, models, curve, failures),
+    4: (every_placement, lists, large, transposed, several_meshes, kernels, models, curve, failures),
 }
 
 

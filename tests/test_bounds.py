@@ -88,6 +88,20 @@ def test_backends_agree(dtype):
     assert all(torch.equal(m.cpu(), w) for m, w in zip(found, wanted, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_cannot_be_ranked_is_refused(dtype, backend, device):
+    for spoilt in (math.nan, -math.nan):
+        weights = [torch.full((20, 3), math.inf, dtype=dtype), torch.randn(9, 5).to(dtype)]
+        weights[1][3, 2] = spoilt
+        weights = [w.to(device) for w in weights]
+        with pytest.raises(ValueError, match=r"weights\[1\] holds NaN"):
+            score_masks(weights, 0.5, floor=0.1, cap=0.9)
+    numbers = [torch.ones_like(weights[0]), -torch.ones_like(weights[0][:9, :1]).expand(9, 5)]
+    weights[1] = torch.randn(9, 5).to(weights[1])
+    with pytest.raises(ValueError, match=r"a fisher score of weights\[1\] is NaN or negative"):
+        score_masks(weights, 0.5, "fisher", aux=numbers, floor=0.1, cap=0.9)
+
+
 def test_bounds_with_a_score():
     weights = [torch.randn(20, 30), torch.randn(10, 10) * 1e-3]
     numbers = [torch.rand_like(w) for w in weights]

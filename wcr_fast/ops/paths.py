@@ -12,9 +12,14 @@ from wcr_fast.torch_path.cuts import num_keep
 from wcr_fast.weights import Weight
 
 
+def takes_triton(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether these tensors go to Triton: one device has them all, and Triton runs there."""
+    return use_triton(tensors) and len({t.device for t in tensors}) == 1
+
+
 def plain_path(tensors: Sequence[Tensor]) -> ModuleType:
     """Return the module that selects among these tensors: Triton's, or torch's where they span devices."""
-    if use_triton(tensors) and len({t.device for t in tensors}) == 1:
+    if takes_triton(tensors):
         from wcr_fast.triton_path import select
     else:
         from wcr_fast.torch_path import select

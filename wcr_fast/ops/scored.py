@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
 from torch import Tensor
 
-from wcr_fast.backend import use_triton
-from wcr_fast.ops.paths import group_views, row_counts, row_views
+from wcr_fast.ops.paths import group_views, row_counts, row_views, takes_triton
 from wcr_fast.ops.sharded import is_sharded
 from wcr_fast.score import Scored, kernel_of
 from wcr_fast.torch_path import allocate
@@ -17,7 +16,7 @@ from wcr_fast.torch_path import scores as torch_scores
 from wcr_fast.torch_path import select as torch_select
 from wcr_fast.torch_path.blocks import MemorySource
 from wcr_fast.torch_path.cuts import Counts, Cuts
-from wcr_fast.torch_path.window import KeySource, window_search
+from wcr_fast.torch_path.window import KeyCounter, KeySource, window_search
 from wcr_fast.weights import Weight
 
 
@@ -28,9 +27,18 @@ def check_whole(tensors: Sequence[Tensor], op: str) -> None:
             raise TypeError(f"{op}: weights[{i}] is a DTensor: scores, floors and caps take whole tensors only")
 
 
+def _source(tensors: Sequence[Tensor], scored: Scored | None) -> KeySource | KeyCounter:
+    """Return the source of these tensors' keys: of Triton where they take it, and the score has a kernel."""
+    if takes_triton(tensors) and (scored is None or kernel_of(scored.score) is not None):
+        from wcr_fast.triton_path.source import DeviceSource
+
+        return DeviceSource(tensors, scored)
+    return MemorySource(tensors) if scored is None else torch_scores.ScoreSource(tensors, scored)
+
+
 def _triton(tensors: Sequence[Tensor], scored: Scored) -> ModuleType | None:
     """Return Triton's module where these tensors take it, and the score has a kernel."""
-    if use_triton(tensors) and len({t.device for t in tensors}) == 1 and kernel_of(scored.score) is not None:
+    if takes_triton(tensors) and kernel_of(scored.score) is not None:
         from wcr_fast.triton_path import select
 
         return select
@@ -105,11 +113,8 @@ def keep_per_layer(
 
     keeps[q] of all weights stay; sum(low) <= keeps[q] <= sum(high).
     """
-    if scored is None:
-        source: Callable[[], KeySource] = lambda: MemorySource(tensors)  # noqa: E731
-    else:
-        source = lambda: torch_scores.ScoreSource(tensors, scored)  # noqa: E731
-    return np.stack([allocate.bounded(source(), keep, low, high) for keep in keeps], axis=1).tolist()
+    source = _source(tensors, scored)
+    return np.stack([allocate.bounded(source, keep, low, high) for keep in keeps], axis=1).tolist()
 
 
 def lamp_per_layer(tensors: Sequence[Tensor], keeps: Sequence[int]) -> list[list[int]]:

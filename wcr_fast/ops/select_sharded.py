@@ -6,20 +6,20 @@ list are taken for replicas, equal in all processes. Cuts and counts are those o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wcr_fast.ops.paths import plain_path
+from wcr_fast.ops.paths import plain_path, takes_triton
 from wcr_fast.ops.shards import Layout
 from wcr_fast.torch_path import select as torch_select
 from wcr_fast.torch_path.blocks import MemorySource
 from wcr_fast.torch_path.cuts import Counts, Cuts, comparison_dtype
 from wcr_fast.torch_path.shared import COUNTERS, shared_search, together
 from wcr_fast.torch_path.ties import Ties
-from wcr_fast.torch_path.window import Found, shares
+from wcr_fast.torch_path.window import Found, KeyCounter, KeySource, shares
 
 
 def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> Cuts:
@@ -29,8 +29,9 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     shards, numels = layout.owned_shards(), [t.numel() for t in tensors]
     pools = [(shards, sum(numels))] if len(num_keep) == 1 else [([s], n) for s, n in zip(shards, numels, strict=True)]
     counters = COUNTERS // len(pools)
+    source = _source(layout)
     searches = [
-        shared_search(MemorySource(pool), keep, total, counters=counters)
+        shared_search(source(pool), keep, total, counters=counters)
         for (pool, total), keep in zip(pools, num_keep, strict=True)
     ]
     found = together(searches, layout.ranks.sum)
@@ -45,6 +46,25 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     )
 
 
+def _source(layout: Layout) -> Callable[[Sequence[Tensor]], KeySource | KeyCounter]:
+    """Return what makes a source of shards: Triton's where all processes can take it, as their searches go in step."""
+    host, error = True, None
+    try:
+        host = not takes_triton(layout.shards)
+    except RuntimeError as found:
+        error = found
+    host, failed = layout.ranks.sum(np.array([host, error is not None], np.int32)).tolist()
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError("sharded weights: another process can't run the backend that was asked for; it says why")
+    if host:
+        return MemorySource
+    from wcr_fast.triton_path.source import DeviceSource
+
+    return DeviceSource
+
+
 def _stacked(found: Sequence[Found], name: str) -> Tensor:
     return torch.from_numpy(np.concatenate([getattr(f, name) for f in found]))
 
@@ -52,7 +72,7 @@ def _stacked(found: Sequence[Found], name: str) -> Tensor:
 def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the zeros of every tensor (int64 [L]) and whether it holds NaN (bool [L])."""
     layout = Layout.of(tensors, "survey")
-    search = shared_search(MemorySource(layout.owned_shards()), [], sum(t.numel() for t in tensors))
+    search = shared_search(_source(layout)(layout.owned_shards()), [], sum(t.numel() for t in tensors))
     (found,) = together([search], layout.ranks.sum)
     return torch.from_numpy(found.zeros), torch.from_numpy(found.bad)
 

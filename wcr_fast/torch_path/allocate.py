@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from torch import Tensor
 
 from wcr_fast.torch_path.cuts import INF_KEYS, keys_of
-from wcr_fast.torch_path.window import COUNTERS, KeyBlock, KeySource, Window, count_windows, shares
+from wcr_fast.torch_path.window import COUNTERS, KeyBlock, KeyCounter, KeySource, count_windows, histogram, shares
 
 
-def bounded(source: KeySource, keep: int, low: Sequence[int], high: Sequence[int]) -> np.ndarray:
+def bounded(source: KeySource | KeyCounter, keep: int, low: Sequence[int], high: Sequence[int]) -> np.ndarray:
     """Return how many keys of each tensor stay, int64 [L]: the largest of all, but from ``low`` to ``high`` of each.
 
     For a key t, clamp(keys of a tensor from t on, low, high) grows as t falls: the number that stays is that of the
@@ -28,20 +29,19 @@ def bounded(source: KeySource, keep: int, low: Sequence[int], high: Sequence[int
     bins = max(2, COUNTERS // max(len(low), 1))
     lo, hi = 0, top
     while True:
-        shift = next(s for s in range(64) if (hi - lo - 1) >> s < bins)
-        window = Window(lo, hi, (0,), shift=shift)
+        window = histogram(lo, hi, (0,), bins)  # whole bins, but for the one that ends with infinity
         tally = count_windows(source, [window], first=False)
         counts = tally.bins[0] if window.bins > 1 else tally.inside[0][:, None]
         above = tally.above[0]
         reached = above[:, None] + np.cumsum(counts[:, ::-1], axis=1)[:, ::-1]  # [L, bins]: keys in a bin or above it
         places = np.flatnonzero(clamped(reached).sum(axis=0) >= keep)
         found = int(places[-1]) if places.size else 0
-        if shift == 0:
+        if window.shift == 0:
             stay = clamped(reached[:, found] - counts[:, found])
             spare = clamped(reached[:, found]) - stay  # of the ties, as many as the bounds let a tensor keep
             return stay + shares(np.array([keep - stay.sum()]), spare[:, None])[:, 0]
-        lo = lo + (found << shift)
-        hi = min(lo + (1 << shift), hi)
+        lo = lo + (found << window.shift)
+        hi = min(lo + (1 << window.shift), hi)
 
 
 class LampSource:
@@ -49,7 +49,10 @@ class LampSource:
 
     w^2 over the sum of the squares that are at least as large, in float64, from the largest on: inside of a tensor
     ordered as the magnitudes are, of equal ones the first ahead (Lee et al. 2021, arXiv 2010.07611). Sorts one tensor
-    at a time; keys come in falling order, as only their counts matter.
+    at a time, on its device; keys come in falling order, as only their counts matter.
+
+    Squares are added in two numbers of fixed point, of 62 bits less those of the count each: of 2^26 weights 2^-70 of
+    the largest square is the least that counts. Such sums have no order: every device gives the same bits.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -57,19 +60,25 @@ class LampSource:
         self.dtype = torch.float64
         self.numels = [t.numel() for t in tensors]
 
-    def keys(self, i: int) -> np.ndarray:
-        squares = self.tensors[i].cpu().double().square().reshape(-1)
-        squares = squares.sort(descending=True).values
-        score = squares / squares.cumsum(0)
-        return keys_of(score.masked_fill_(squares == 0, 0.0), self.dtype).numpy()
+    def keys(self, i: int) -> Tensor:
+        """Return the keys of tensor i, falling, on its device."""
+        falling = self.tensors[i].abs().reshape(-1).sort(descending=True).values.double()
+        largest = falling[0].item()  # NaN comes first
+        if not math.isfinite(largest):
+            return keys_of(torch.full_like(falling, math.nan), self.dtype)
+        exponent, bits = math.frexp(largest)[1], 62 - falling.numel().bit_length()
+        half = exponent // 2  # in two steps, as one factor may be out of range
+        squares = falling.mul_(2.0**-half).mul_(2.0 ** (half - exponent)).square_().mul_(2.0**bits)
+        high = squares.floor()
+        low = (squares - high).mul_(2.0**bits).round_()
+        sums = low.long().cumsum_(0).double().mul_(2.0**-bits).add_(high.long().cumsum_(0).double())
+        return keys_of((squares / sums).masked_fill_(squares == 0, 0.0), self.dtype)
 
     def sample(self, size: int) -> np.ndarray:
         """Return all keys of small lists, else evenly spread ones: a sorted tensor is its own summary."""
-        total = sum(self.numels)
-        if total <= size:
-            return np.concatenate([self.keys(i) for i in range(len(self.tensors))]).reshape(-1, 1)
-        step = -(-total // size)
-        return np.concatenate([self.keys(i)[::step] for i in range(len(self.tensors)) if self.numels[i]]).reshape(-1, 1)
+        step = max(1, -(-sum(self.numels) // size))
+        parts = [self.keys(i)[::step].cpu() for i, numel in enumerate(self.numels) if numel]
+        return torch.cat(parts).numpy().reshape(-1, 1)
 
     def streams(self, count: int) -> list[Iterator[KeyBlock]]:
         """Return one iterator; see window.KeySource."""
@@ -78,4 +87,4 @@ class LampSource:
     def _blocks(self) -> Iterator[KeyBlock]:
         for i, numel in enumerate(self.numels):
             if numel:
-                yield KeyBlock([i], [0], self.keys(i))
+                yield KeyBlock([i], [0], self.keys(i).cpu().numpy())

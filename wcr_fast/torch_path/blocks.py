@@ -42,6 +42,16 @@ def pieces(tensor: Tensor, limit: int = BLOCK) -> Iterator[Tensor]:
         yield from tensor.split(limit // row)
 
 
+def spread(total: int, strata: int) -> np.ndarray:
+    """Return one place from each of so many strata of [0, total), rising.
+
+    It moves on by the golden ratio: no period of a layout falls in step with it. (numpy.random would do, but costs 5 MB
+    to import.)
+    """
+    order = np.arange(strata)
+    return ((order + order * GOLDEN % 1.0) * (total / strata)).astype(np.int64)
+
+
 def _plain(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether the tensor's memory can be read as keys of this dtype where it lies."""
     return tensor.device.type == "cpu" and tensor.dtype == dtype and is_dense(tensor)
@@ -67,11 +77,8 @@ class MemorySource:
         if total <= size:
             return self._everything(total)
         per_line = LINE_BYTES // self._keys.itemsize
-        # One line from each of these strata of the list, at a place that moves on by the golden ratio: no period
-        # of the layout falls in step with it. (numpy.random would do, but costs 5 MB to import.)
         strata = max(size // per_line, 1)
-        order = np.arange(strata)
-        places = ((order + order * GOLDEN % 1.0) * (total / strata)).astype(np.int64)
+        places = spread(total, strata)
         ends = np.cumsum(self.numels)
         stops = np.searchsorted(places, ends)
         lines = np.empty((strata, per_line), self._keys)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wcr_fast.score import Scored, compute
-from wcr_fast.torch_path.blocks import GOLDEN, SERIAL
+from wcr_fast.torch_path.blocks import SERIAL, spread
 from wcr_fast.torch_path.cuts import KEY_DTYPES, Cuts, keys_of, threshold_dtype
 from wcr_fast.torch_path.select import _largest as largest
 from wcr_fast.torch_path.window import KeyBlock, shares
@@ -48,10 +48,9 @@ class ScoreSource:
         total = sum(self.numels)
         if total <= size:
             return np.concatenate([block.keys for block in self.streams(1)[0]]).reshape(-1, 1)
-        strata = np.arange(size // LINE)
-        places = ((strata + strata * GOLDEN % 1.0) * (total / len(strata))).astype(np.int64)
+        places = spread(total, size // LINE)
         ends = np.cumsum(self.numels)
-        lines = np.empty((len(strata), LINE), str(KEY_DTYPES[self.dtype]).removeprefix("torch."))
+        lines = np.empty((len(places), LINE), str(KEY_DTYPES[self.dtype]).removeprefix("torch."))
         owners = np.searchsorted(ends, places, side="right")
         for i in np.unique(owners):
             mine = np.flatnonzero(owners == i)

@@ -19,10 +19,12 @@ from wcr_fast.torch_path.window import (
     SAMPLE_MAX,
     SAMPLE_MIN,
     Found,
+    KeyCounter,
     KeySource,
     Tally,
     Window,
     count_windows,
+    histogram,
     sample_variance,
 )
 from wcr_fast.torch_path.window import COUNTERS as BIN_COUNTERS
@@ -36,8 +38,9 @@ Sums = Generator[np.ndarray, np.ndarray, T]
 COUNTERS = 512
 # A window of at most this many keys is counted key by key.
 NARROW = 32
-# The sample's quantiles need not be known to the last bit: 1/256 of a binade, or all where that leaves too many keys.
-FINE = 8
+# The sample's quantiles need not be known to the last bit: 1/256 of a binade, or all where that leaves too many keys to
+# collect; 1/64 where keys are counted only.
+FINE, COUNTED_FINE = 8, 6
 MANTISSA = {0x7C00: 10, 0x7F80: 7, 0x7F80_0000: 23, 0x7FF0_0000_0000_0000: 52}  # by infinity's key
 # Variances of the sample travel in this unit: as small as counts.
 SPREAD = 64
@@ -109,11 +112,14 @@ def descend(
     return lo, hi
 
 
-def shared_search(source: KeySource, num_keep: Sequence[int], total: int, *, counters: int = COUNTERS) -> Sums[Found]:
+def shared_search(
+    source: KeySource | KeyCounter, num_keep: Sequence[int], total: int, *, counters: int = COUNTERS
+) -> Sums[Found]:
     """Find the cuts that keep the ``num_keep[q]`` largest keys of all processes; see ``window_search``.
 
     Args:
-        source: this process's keys; each process has the same number of tensors, some of them empty or parts.
+        source: this process's keys; each process has the same number of tensors, some of them empty or parts. Those of
+            all processes are KeySources, or all are KeyCounters: this decides which windows follow.
         num_keep: ranks among the keys of all processes, each in [0, total].
         total: number of keys of all processes.
         counters: about how many counts a round may send.
@@ -135,9 +141,11 @@ def shared_search(source: KeySource, num_keep: Sequence[int], total: int, *, cou
 
 
 class _Collected:
-    """The keys of one window: this process's, by tensor."""
+    """The keys of one window: this process's, by tensor. Places count from the window's first key."""
 
     def __init__(self, tally: Tally, i: int, dtype: np.dtype) -> None:
+        self.lo = tally.windows[i].lo
+        self.places = tally.windows[i].hi - self.lo
         self.keys = np.concatenate([np.empty(0, dtype), *tally.keys[i]])
         nothing = np.empty(0, np.int64)
         owners = np.concatenate([nothing, *(tensors for tensors, _ in tally.owners[i])]).astype(np.int64)
@@ -145,25 +153,51 @@ class _Collected:
         starts = np.cumsum(counts) - counts
         # reduceat gives a wrong value for empty segments
         self.owners, self.starts = owners[counts > 0], starts[counts > 0]
-        self.ranked = np.sort(self.keys)
+        self.ranked, self.tensors = np.sort(self.keys), len(tally.zeros)
 
-    def per_tensor(self, flags: np.ndarray, tensors: int) -> np.ndarray:
-        found = np.zeros(tensors, np.int64)
+    def at_least(self, places: np.ndarray) -> np.ndarray:
+        """Return how many keys are at each place or above it."""
+        return _at_least(self.ranked, self.lo + places)
+
+    def per_tensor(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many keys lie above a place and how many at it, in each tensor."""
+        return self._sums(self.keys > self.lo + place), self._sums(self.keys == self.lo + place)
+
+    def _sums(self, flags: np.ndarray) -> np.ndarray:
+        found = np.zeros(self.tensors, np.int64)
         if flags.size:
             np.add.at(found, self.owners, np.add.reduceat(flags, self.starts, dtype=np.int64))
         return found
 
 
+class _Binned:
+    """The counts of one window's bins: this process's, by tensor. Places are bins."""
+
+    def __init__(self, tally: Tally, i: int) -> None:
+        self.places = tally.windows[i].bins
+        self.bins = tally.bins[i] if self.places > 1 else tally.inside[i][:, None]
+        self._reach = np.cumsum(self.bins.sum(axis=0)[::-1])[::-1]
+
+    def at_least(self, places: np.ndarray) -> np.ndarray:
+        """Return how many keys are at each place or above it."""
+        return self._reach[places]
+
+    def per_tensor(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many keys lie above a place and how many at it, in each tensor."""
+        return self.bins[:, place + 1 :].sum(axis=1), self.bins[:, place]
+
+
 class _Shared:
     """The state of one search in one process; all but counts per tensor is equal in all of them."""
 
-    def __init__(self, source: KeySource, num_keep: Sequence[int], total: int, counters: int) -> None:
+    def __init__(self, source: KeySource | KeyCounter, num_keep: Sequence[int], total: int, counters: int) -> None:
+        self.counts = isinstance(source, KeyCounter)
         self.source, self.num_keep, self.total = source, list(num_keep), total
         self.counters, self.integer = max(1, counters), _integer(total)
         self.top = INF_KEYS[source.dtype] + 1
         self.tensors = len(source.numels)
         self.capacity = SAMPLE_MIN + min(total // 64, COLLECT_MAX)
-        self.bins = max(2, min(BINS, BIN_COUNTERS // max(self.tensors, 1), self.counters))
+        self.bins = max(2, min(BINS, BIN_COUNTERS // max(self.tensors, 1)))
         shape = (self.tensors, len(self.num_keep))
         self.key = [self.top] * shape[1]
         self.above, self.tied = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -217,7 +251,7 @@ class _Shared:
         if not ranks:
             return []
         if self.total <= SAMPLE_MIN:
-            return [Window(0, self.top, tuple(ranks), limit=self.total)]
+            return [self._window(0, self.top, tuple(ranks), self.total)]
         lines = self._attempt(self._sample)
         lines = np.empty((0, 1), np.int64) if lines is None else lines
         ranked = np.sort(lines, axis=None)
@@ -248,15 +282,18 @@ class _Shared:
         return self.source.sample(max(256, size * mine // self.total)) if mine else np.empty((0, 1), np.int64)
 
     def _spans(self, ranked: np.ndarray, target: np.ndarray, size: int) -> Sums[tuple[np.ndarray, ...]]:
-        """Return windows [lo, hi) between targets of the sample [2 W], and their shares of it."""
+        """Return windows [lo, hi) between targets of the sample [2 W], and their shares of it where these matter."""
         half = len(target) // 2
 
         def count(which: np.ndarray, places: np.ndarray) -> np.ndarray:
             return _at_least(ranked, places)
 
         lo, hi = np.zeros(2 * half, np.int64), np.full(2 * half, self.top, np.int64)
-        for until in (1 << max(MANTISSA[self.top - 1] - FINE, 0), 1):
+        fine = COUNTED_FINE if self.counts else FINE
+        for until in (1 << max(MANTISSA[self.top - 1] - fine, 0), 1):
             lo, hi = yield from descend(count, lo, hi, target, self.counters, self.total, until)
+            if self.counts:
+                return lo[:half], hi[half:], np.zeros(half)
             inside = _at_least(ranked, lo[:half]) - _at_least(ranked, hi[half:])
             share = (yield inside.astype(self.integer)) / max(size, 1)
             if share.sum() * self.total <= self.capacity:
@@ -264,22 +301,19 @@ class _Shared:
         return lo[:half], hi[half:], share
 
     def _window(self, lo: int, hi: int, ranks: tuple[int, ...], expected: float) -> Window:
-        limit, shift = self.capacity * len(ranks), 0
+        limit = self.capacity * len(ranks)
         if hi - lo <= max(NARROW, self.bins):
             return Window(lo, hi, ranks)
-        if expected <= limit:
+        if not self.counts and expected <= limit:
             return Window(lo, hi, ranks, limit=limit)
-        while (hi - lo - 1) >> shift >= self.bins:
-            shift += 1
-        return Window(lo, hi, ranks, shift=shift)
+        return histogram(lo, hi, ranks, self.bins, self.top if self.counts else 0)
 
     def _resolve(
         self, windows: Sequence[Window], tally: Tally, above: np.ndarray, inside: np.ndarray
     ) -> Sums[list[Window]]:
         """Settle the ranks whose keys are at hand; return windows for the others."""
         following: list[Window] = []
-        binned: list[tuple[int, list[int]]] = []
-        collected: list[tuple[int, int]] = []
+        wanted: list[tuple[int, int]] = []
         for i, window in enumerate(windows):
             first, last = int(above[i]), int(above[i] + inside[i])
             missed_up = tuple(q for q in window.ranks if self.num_keep[q] <= first)
@@ -289,66 +323,47 @@ class _Shared:
                 following.append(self._window(window.hi, self.top, missed_up, first))
             if missed_down:
                 following.append(self._window(0, window.lo, missed_down, self.total - last))
-            if ranks and not window.limit:
-                binned.append((i, ranks))
-            elif ranks and inside[i] <= window.limit:
-                collected += [(i, q) for q in ranks]
-            elif ranks:  # overflowed: histogram
+            if ranks and inside[i] > window.limit > 0:  # overflowed: histogram
                 following.append(self._window(window.lo, window.hi, tuple(ranks), np.inf))
-        if binned:
-            following += yield from self._from_bins(windows, tally, above, binned)
-        if collected:
-            yield from self._from_keys(windows, tally, above, collected)
+            else:
+                wanted += [(i, q) for q in ranks]
+        if wanted:
+            following += yield from self._find(windows, tally, above, wanted)
         return following
 
-    def _from_bins(
-        self, windows: Sequence[Window], tally: Tally, above: np.ndarray, binned: Sequence[tuple[int, list[int]]]
-    ) -> Sums[list[Window]]:
-        for i, _ in binned:
-            if windows[i].bins == 1:
-                tally.bins[i][:, 0] = tally.inside[i]
-        sums = yield np.concatenate([tally.bins[i].sum(axis=0) for i, _ in binned]).astype(self.integer)
-        narrower: list[Window] = []
-        for (i, ranks), totals in zip(
-            binned, np.split(sums, np.cumsum([windows[i].bins for i, _ in binned])[:-1]), strict=True
-        ):
-            window, bins = windows[i], tally.bins[i]
-            at_least = above[i] + np.cumsum(totals[::-1])[::-1]  # keys in bin b or above
-            found: dict[int, list[int]] = {}
-            for q in ranks:
-                found.setdefault(int(np.flatnonzero(at_least >= self.num_keep[q])[-1]), []).append(q)
-            for b, mine in found.items():
-                lo = window.lo + (b << window.shift)
-                if window.shift:
-                    hi = min(lo + (1 << window.shift), window.hi)
-                    narrower.append(self._window(lo, hi, tuple(mine), int(totals[b])))
-                    continue
-                for q in mine:
-                    self._settle(q, lo, tally.above[i] + bins[:, b + 1 :].sum(axis=1), bins[:, b])
-        return narrower
-
-    def _from_keys(
+    def _find(
         self, windows: Sequence[Window], tally: Tally, above: np.ndarray, wanted: Sequence[tuple[int, int]]
-    ) -> Sums[None]:
-        """Settle ranks of collected windows, given as pairs of a window and a rank."""
+    ) -> Sums[list[Window]]:
+        """Settle ranks, given as pairs of a window and a rank, or return the bins that hold them as windows."""
         integer = next((keys.dtype for i, _ in wanted for keys in tally.keys[i]), np.dtype(np.int64))
-        held = {i: _Collected(tally, i, integer) for i in dict.fromkeys(i for i, _ in wanted)}
+        held = {
+            i: _Collected(tally, i, integer) if windows[i].limit else _Binned(tally, i)
+            for i in dict.fromkeys(i for i, _ in wanted)
+        }
 
         def count(which: np.ndarray, places: np.ndarray) -> np.ndarray:
-            return np.stack([_at_least(held[wanted[t][0]].ranked, row) for t, row in zip(which, places, strict=True)])
+            return np.stack([held[wanted[t][0]].at_least(row) for t, row in zip(which, places, strict=True)])
 
-        lo = np.array([windows[i].lo for i, _ in wanted])
-        hi = np.array([windows[i].hi for i, _ in wanted])
+        ends = np.array([held[i].places for i, _ in wanted])
         target = np.array([self.num_keep[q] - above[i] for i, q in wanted])
-        cuts, _ = yield from descend(count, lo, hi, target, self.counters, self.total)
-        for (i, q), cut in zip(wanted, cuts.tolist(), strict=True):
-            window = held[i]
-            greater = tally.above[i] + window.per_tensor(window.keys > cut, self.tensors)
-            self._settle(q, cut, greater, window.per_tensor(window.keys == cut, self.tensors))
-
-    def _settle(self, q: int, key: int, above: np.ndarray, tied: np.ndarray) -> None:
-        self.key[q] = key
-        self.above[:, q], self.tied[:, q] = above, tied
+        found, _ = yield from descend(count, np.zeros_like(ends), ends, target, self.counters, self.total)
+        bins: dict[tuple[int, int], list[int]] = {}
+        for (i, q), place in zip(wanted, found.tolist(), strict=True):
+            if windows[i].shift:
+                bins.setdefault((i, place), []).append(q)
+                continue
+            higher, self.tied[:, q] = held[i].per_tensor(place)
+            self.key[q], self.above[:, q] = windows[i].lo + place, tally.above[i] + higher
+        if not bins:
+            return []
+        sizes = np.zeros(len(bins), self.integer)
+        if not self.counts:  # else how many they are decides nothing
+            sizes = yield np.array([held[i].per_tensor(b)[1].sum() for i, b in bins]).astype(self.integer)
+        narrower = []
+        for ((i, b), ranks), size in zip(bins.items(), sizes.tolist(), strict=True):
+            lo, width = windows[i].lo + (b << windows[i].shift), 1 << windows[i].shift
+            narrower.append(self._window(lo, min(lo + width, windows[i].hi), tuple(ranks), size))
+        return narrower
 
 
 def _integer(most: int) -> type[np.signedinteger]:

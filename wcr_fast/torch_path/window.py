@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,22 @@ class KeySource(Protocol):
         ...
 
 
+@runtime_checkable
+class KeyCounter(Protocol):
+    """A source that counts its keys by itself, where they lie, and gives none away: windows are never collected."""
+
+    dtype: torch.dtype
+    numels: Sequence[int]
+
+    def sample(self, size: int) -> np.ndarray:
+        """See KeySource."""
+        ...
+
+    def count(self, windows: Sequence[Window], *, first: bool) -> Tally:
+        """Sweep over all keys once; see ``count_windows``. Windows have whole bins, or end above infinity."""
+        ...
+
+
 class Found(NamedTuple):
     """The cuts of one selection at Q ranks over L tensors.
 
@@ -77,7 +93,7 @@ def shares(ties: np.ndarray, tied: np.ndarray) -> np.ndarray:
     return np.clip(ties - before, 0, tied)
 
 
-def window_search(source: KeySource, num_keep: Sequence[int]) -> Found:
+def window_search(source: KeySource | KeyCounter, num_keep: Sequence[int]) -> Found:
     """Find the cuts that keep the ``num_keep[q]`` largest keys of the source.
 
     Args:
@@ -106,6 +122,13 @@ class Window:
     @property
     def bins(self) -> int:
         return ((self.hi - self.lo - 1) >> self.shift) + 1
+
+
+def histogram(lo: int, hi: int, ranks: tuple[int, ...], bins: int, end: int = 0) -> Window:
+    """Return a window to count in at most so many bins; up to ``end`` it may grow to make the last one whole."""
+    shift = ((hi - lo - 1) // bins).bit_length()
+    whole = lo + ((((hi - lo - 1) >> shift) + 1) << shift)
+    return Window(lo, max(hi, min(whole, end)), ranks, shift=shift)
 
 
 class Tally:
@@ -146,6 +169,8 @@ class Tally:
     def _bin(self, i: int, tensors: Sequence[int], counts: np.ndarray, keys: np.ndarray) -> None:
         offsets = (keys - self.windows[i].lo) >> self.windows[i].shift
         bins, stop = self.bins[i], 0
+        if self.windows[i].hi >= self.top:  # of NaN, which lies beyond the last bin, nothing is asked
+            np.minimum(offsets, bins.shape[1] - 1, out=offsets)
         for tensor, count in zip(tensors, counts, strict=True):
             start, stop = stop, stop + count
             if count:
@@ -161,8 +186,10 @@ class Tally:
                 bins += other.bins[i]
 
 
-def count_windows(source: KeySource, windows: Sequence[Window], *, first: bool) -> Tally:
+def count_windows(source: KeySource | KeyCounter, windows: Sequence[Window], *, first: bool) -> Tally:
     """Sweep over the source once, with its threads; ``first``: look for zeros and NaN, too."""
+    if isinstance(source, KeyCounter):
+        return source.count(windows, first=first)
     top, tensors = INF_KEYS[source.dtype] + 1, len(source.numels)
     large = sum(source.numels) >= THREADED
     if large:
@@ -185,8 +212,9 @@ def count_windows(source: KeySource, windows: Sequence[Window], *, first: bool) 
 class _Search:
     """The windows still open, and the cuts found."""
 
-    def __init__(self, source: KeySource, num_keep: Sequence[int]) -> None:
+    def __init__(self, source: KeySource | KeyCounter, num_keep: Sequence[int]) -> None:
         self.source, self.num_keep = source, list(num_keep)
+        self.counts = isinstance(source, KeyCounter)
         self.total = sum(source.numels)
         self.top = INF_KEYS[source.dtype] + 1  # one above infinity: NaN begins here
         self.tensors = len(source.numels)
@@ -233,12 +261,9 @@ class _Search:
         limit = self.capacity * len(ranks)
         bins = max(2, min(BINS, COUNTERS // self.tensors))
         # Few different keys, as of 16-bit weights, are counted one by one: there may be many of each.
-        if expected <= limit and hi - lo > min(bins, NARROW):
+        if not self.counts and expected <= limit and hi - lo > min(bins, NARROW):
             return Window(lo, hi, ranks, limit=limit)
-        shift = 0
-        while (hi - lo - 1) >> shift >= bins:
-            shift += 1
-        return Window(lo, hi, ranks, shift=shift)
+        return histogram(lo, hi, ranks, bins, self.top if self.counts else 0)
 
     def sweep(self) -> None:
         first = self.zeros is None

@@ -101,7 +101,7 @@ class Search:
         cuts, total = shape[0] * shape[1], sum(t.numel() for t in tensors)
         max_bins = _max_bins(dtype, cuts, total)
         order = chunk_order(tensors)
-        tables, numels = _tables(tensors, order, numbers)
+        tables, numels = select_tables(tensors, order, numbers)
         start = _start(device, current_stream(device), dtype, wanted, max_bins, not sampled)
         keep_for_graph(device, start)
         if warm is None and sampled:
@@ -246,9 +246,10 @@ def chunk_order(tensors: Sequence[Tensor]) -> list[int]:
     return np.cumsum([0, *(-(-t.numel() // CHUNK) for t in tensors)]).tolist()
 
 
-def _tables(
+def select_tables(
     tensors: Sequence[Tensor], order: Sequence[int], numbers: Numbers | None
 ) -> tuple[list[TensorTable], list[int]]:
+    """Return the tables of a search over tensors that each fill a block of memory, and how many weights each has."""
     tables, numels = [], []
     for positions in group(tensors):
         listed = [tensors[i] for i in positions]
