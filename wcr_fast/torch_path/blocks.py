@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -113,12 +114,13 @@ class MemorySource:
         return keys.reshape(-1, 1)
 
     def streams(self, count: int) -> list[Iterator[KeyBlock]]:
-        """Return one iterator; see KeySource.
+        """Return iterators over every count-th block, where compiled code scans them; else one; see KeySource.
 
         A block takes numpy some 20 microseconds a call: two threads spend what they gain on handing over the
         interpreter's lock (measured on 2 cores), and lose much more when another process wants a core.
         """
-        return [self._blocks()]
+        count = min(count, sum(self.numels) // COMPILED + 1) if compiled() else 1
+        return [self._blocks(first, count) for first in range(count)]
 
     def _groups(self) -> Iterator[list[Piece]]:
         """Cut the list into groups of pieces of one block together; small tensors share a block."""
@@ -145,9 +147,9 @@ class MemorySource:
         for start in range(0, flat.size, size):
             yield flat[start : start + size]
 
-    def _blocks(self) -> Iterator[KeyBlock]:
+    def _blocks(self, first: int = 0, step: int = 1) -> Iterator[KeyBlock]:
         buffer = np.empty(min(BLOCK, sum(self.numels)), self._keys)
-        for group in self._groups():
+        for group in itertools.islice(self._groups(), first, None, step):
             if len(group) == 1 and isinstance(group[0][1], np.ndarray):
                 yield KeyBlock([group[0][0]], [0], group[0][1], signed=True)
                 continue
