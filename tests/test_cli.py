@@ -151,7 +151,7 @@ def test_info(capsys, monkeypatch):
     monkeypatch.setenv("WCR_FAST_BACKEND", "torch")
     assert cli.main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == "wcr-fast/info/1"
+    assert found["schema"] == "wcr-fast/info/2"
     assert found["packages"]["torch"] == torch.__version__
     assert found["backend"]["cpu"] == {"runs": "torch", "why": "WCR_FAST_BACKEND=torch asks for it"}
     monkeypatch.setenv("WCR_FAST_BACKEND", "cuda")
@@ -159,6 +159,7 @@ def test_info(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "WCR_FAST_BACKEND must be one of" in out
     assert "backend on cpu" in out
+    assert "compiled for selection" in out
 
 
 class Terminal(io.StringIO):

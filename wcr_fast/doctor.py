@@ -20,6 +20,7 @@ from wcr_fast.backend import interpreting, triton_installed
 from wcr_fast.errors import UsageError
 from wcr_fast.pruning.magnitude import magnitude_masks, magnitude_threshold
 from wcr_fast.pruning.prune import prune_
+from wcr_fast.torch_path import scan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Rounding of the arithmetic (float32; float64 for float64) or of storing a gradient in the weights' dtype.
@@ -97,11 +98,13 @@ def run(args: argparse.Namespace) -> int:
     if args.size is not None and args.size < MIN_SIZE:
         raise UsageError(f"--size must be at least {MIN_SIZE}, got {args.size}")
     if native.wanted():
-        with contextlib.suppress(RuntimeError):  # nothing depends on it; its state says why
-            native.build()
+        for build in (native.build, scan.build):
+            with contextlib.suppress(OSError, RuntimeError):  # nothing depends on it; its state says why
+                build()
     rows = list(examine(args.size))
     if args.json:
-        found = {"schema": "wcr-fast/doctor/2", "native": native.state(), "rows": [asdict(row) for row in rows]}
+        compiled = {"steps": native.state(), "selection": scan.state()}
+        found = {"schema": "wcr-fast/doctor/3", "native": compiled, "rows": [asdict(row) for row in rows]}
         print(json.dumps(found, indent=2))
     else:
         print(f"{'device':8} {'backend':8} {'dtype':9} {'op':34} {'error':>9} {'weights':>11} {'GB/s':>8}")
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             figures = f"{row.error:9.1e} {row.weights:11,} {row.gb_per_s:8.1f}"
             print(f"{where} {figures}{'' if row.ok else '  WRONG'}")
         print("GB/s: the bytes that the op must move at least, over its time")
-        print(f"compiled host code: {native.state()}")
+        print(f"compiled for steps: {native.state()}; for selection: {scan.state()}")
         bad = sum(not row.ok for row in rows)
         print(f"{len(rows)} checks, {bad} wrong" if bad else f"{len(rows)} checks, all right")
     return 0 if all(row.ok for row in rows) else 1

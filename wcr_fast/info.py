@@ -15,6 +15,7 @@ import wcr_fast
 from wcr_fast import native
 from wcr_fast.backend import active_backend, interpreting, triton_installed, use_triton
 from wcr_fast.machine import processor, version
+from wcr_fast.torch_path import scan
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors")
 EXTRAS = {
@@ -40,10 +41,10 @@ def collect() -> dict[str, Any]:
 
     Example:
         >>> collect()["schema"]
-        'wcr-fast/info/1'
+        'wcr-fast/info/2'
     """
     return {
-        "schema": "wcr-fast/info/1",
+        "schema": "wcr-fast/info/2",
         "version": wcr_fast.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -53,7 +54,7 @@ def collect() -> dict[str, Any]:
         "hip": torch.version.hip,
         "devices": _devices(),
         "backend": {"asked": os.environ.get("WCR_FAST_BACKEND", "auto"), **_backends()},
-        "native": native.state(),
+        "native": {"steps": native.state(), "selection": scan.state()},
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("WCR_FAST_", "TRITON_"))},
     }
 
@@ -125,7 +126,7 @@ def _table(found: dict[str, Any]) -> str:
     for device in ("cpu", "cuda"):
         backend = found["backend"][device]
         rows.append((f"backend on {device}", f"{backend['runs'] or 'none'}: {backend['why']}"))
-    rows.append(("compiled host code", found["native"]))
+    rows += [(f"compiled for {what}", state) for what, state in found["native"].items()]
     rows += [(name, value) for name, value in found["environment"].items()]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -22,6 +22,7 @@ SOURCE = Path(__file__).with_name("scan.c")
 
 _asked = False
 _library: ctypes.CDLL | None = None
+_failure: str | None = None
 
 
 class KeyBlock(NamedTuple):
@@ -165,11 +166,26 @@ def request() -> None:
         threading.Thread(target=_try_to_build, name="wcr_fast.scan", daemon=True).start()
 
 
+def state() -> str:
+    """Return in a few words whether it is there, and why not."""
+    if not native.wanted():
+        return native.state()
+    if _library is not None:
+        return f"loaded, {_library._name}"
+    if _failure is not None:
+        return f"failed: {_failure}"
+    return "being built" if _asked else "not loaded yet: the first search of a million weights on the CPU asks for it"
+
+
 def build() -> None:
     """Have ``scan.c`` compiled and loaded; RuntimeError or OSError where that fails."""
-    global _library
-    path = native.cache_path(SOURCE, ".so")
-    _library = native.load_or_build(path, _load, os.environ.get("CC", "cc"), ["-O3", str(SOURCE)])
+    global _library, _failure
+    try:
+        path = native.cache_path(SOURCE, ".so")
+        _library = native.load_or_build(path, _load, os.environ.get("CC", "cc"), ["-O3", str(SOURCE)])
+    except (OSError, RuntimeError) as error:
+        _failure = str(error)
+        raise
 
 
 def _try_to_build() -> None:
