@@ -199,6 +199,15 @@ def test_weights_that_no_step_knows(backend, device):
     check(tracked, params[:4])
 
 
+def test_a_weight_given_twice_counts_twice(backend, device):
+    params = parameters(device)
+    optimizer = SGD(params, lr=1e-2)
+    tracked = optimizer.track_threshold([params[0], params[3], params[0]], 0.4)
+    draw(params, 0)
+    optimizer.step()
+    assert tracked.threshold().item() == wanted([params[0], params[3], params[0]], 0.4)
+
+
 def test_weights_with_gaps(backend, device):
     torch.manual_seed(0)
     whole = torch.randn(40, 60, device=device)

@@ -67,12 +67,13 @@ class TrackedThreshold:
     def tracker(self, slots: Sequence[Slot]) -> tuple[Any, frozenset[int]] | None:
         """Return what a step of these slots on Triton counts in, and the ids of the weights that it counts.
 
-        None where it can't see all of them: a shard, another device, a parameter that isn't stepped.
+        None where it can't count each of them once: a shard, another device, a parameter that isn't stepped, the same
+        one twice.
         """
-        counted = {id(p) for p in self._params if p.numel()}
-        devices = {p.device for p in self._params}
-        here = counted and len(devices) == 1 and counted <= {id(s.param) for s in slots}
-        if not here or any(map(is_sharded, self._params)):
+        filled = [id(p) for p in self._params if p.numel()]
+        counted = frozenset(filled)
+        once = len(counted) == len(filled) > 0 and counted <= {id(s.param) for s in slots}
+        if not once or len({p.device for p in self._params}) > 1 or any(map(is_sharded, self._params)):
             self._tracker = self._counted = None
             return None
         if self._tracker is None:
@@ -80,7 +81,7 @@ class TrackedThreshold:
 
             keep = select.keep_counts(self._params, self._sparsities, "global")
             self._tracker = Tracker([p.detach() for p in self._params], keep[0])
-        return self._tracker, frozenset(counted)
+        return self._tracker, counted
 
     def stepped(self, counted: bool) -> None:
         """Note that the weights were written, and whether the step counted them."""
