@@ -199,3 +199,12 @@ def keys_at(
         a = score_numbers(aux_ptr, start, offs, place, mask, KIND, AUX_DTYPE, ALIGNED)
         key = score_key(x, a, KEY_BITS, SCORE)
     return key
+
+
+@triton.jit
+def write_kept(out_ptr, offs, x, stays, mask, TO_MASK: tl.constexpr):
+    """Write what stays of some weights, +0.0 for the rest; or only whether they stay."""
+    if TO_MASK:
+        tl.store(out_ptr + offs, stays.to(tl.uint8), mask=mask)
+    else:
+        tl.store(out_ptr + offs, tl.where(stays, x, 0.0), mask=mask)

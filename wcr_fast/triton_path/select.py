@@ -9,7 +9,8 @@ from torch import Tensor
 
 from wcr_fast.kernels._tile import LAYOUT_WIDTH, MAX_DIMS
 from wcr_fast.kernels.launch import CHUNK
-from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, groups_per_chunk, launch_mask, launch_nm, launch_ties
+from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, launch_mask, launch_ties
+from wcr_fast.kernels.nm import groups_per_chunk, launch_nm
 from wcr_fast.kernels.rows import launch_rows
 from wcr_fast.kernels.scores import MAGNITUDE
 from wcr_fast.kernels.survey import launch_survey
