@@ -106,7 +106,7 @@ def test_lines_equal_a_stable_sort(name, scope, dtype, backend, device):
 )
 def test_whole_chunks_of_groups(name, scope, dtype, backend, device):
     """Programs without masks, whose groups start inside a row and run through many, and those at the ends."""
-    weights = [ties(271, 144), ties(2, 17_008), ties(130, 32, 3, 3).to(memory_format=torch.channels_last)]
+    weights = [ties(460, 144), ties(4, 17_008), ties(130, 32, 3, 3).to(memory_format=torch.channels_last)]
     weights = [w.to(dtype).to(device) for w in (weights if name == "wanda" else weights[:1])]
     numbers = [numbers_for(w, FORMULAS[name][0], torch.float32 if name == "wanda" else dtype) for w in weights]
     check(name, weights, numbers, scope)
