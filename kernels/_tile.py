@@ -62,6 +62,14 @@ def is_contiguous(layout_ptr, step):
 
 
 @triton.jit
+def is_periodic(layout_ptr, step):
+    """Tell whether a layout is a single dimension with this stride, or the same over and over."""
+    repeated = (tl.load(layout_ptr) <= 2) & (tl.load(layout_ptr + _MAX_DIMS + 2) == 0)
+    # Indices inside a period are 32-bit, with room for a chunk more.
+    return repeated & (tl.load(layout_ptr + _MAX_DIMS + 1) == step) & (tl.load(layout_ptr + 1) < (1 << 31))
+
+
+@triton.jit
 def tree_sum(x):
     """Sum 1024 lanes by pairs of neighbours: the order is the program's, not that of a layout or a number of warps."""
     for _ in tl.static_range(10):
@@ -199,3 +207,12 @@ def keys_at(
         a = score_numbers(aux_ptr, start, offs, place, mask, KIND, AUX_DTYPE, ALIGNED)
         key = score_key(x, a, KEY_BITS, SCORE)
     return key
+
+
+@triton.jit
+def write_kept(out_ptr, offs, x, stays, mask, TO_MASK: tl.constexpr):
+    """Write what stays of some weights, +0.0 for the rest; or only whether they stay."""
+    if TO_MASK:
+        tl.store(out_ptr + offs, stays.to(tl.uint8), mask=mask)
+    else:
+        tl.store(out_ptr + offs, tl.where(stays, x, 0.0), mask=mask)

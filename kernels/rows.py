@@ -2,7 +2,7 @@
 
 A row is small enough for one program to do all: find the cut in digits of 8 bits from the top, as in ``window``,
 count the ties in logical order, and write. It reads its row once per digit and once more to write, from the cache
-after the first time.
+after the first time; so too the numbers beside it, where rows are ranked by a score.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tile import (
+    LAYER,
     LAYOUT_WIDTH,
     ROW_ADDRESS,
     ROW_POSITION,
@@ -20,33 +21,59 @@ from ._tile import (
     is_contiguous,
     locate,
     magnitude_key,
+    score_key,
     strided_offsets,
+    write_kept,
 )
 from .launch import INF_KEYS, TRITON_DTYPES, Variant, config, launch
+from .scores import MAGNITUDE, KeyFormula, line_forms
 
 _BINS = tl.constexpr(256)
+_LAYER = tl.constexpr(LAYER)
 
 # Extra columns of a row table: elements per row, how many stay, distance of two rows and layout of one, in the
-# tensor and in the mask.
+# tensor and in the mask; and the address of a score's numbers with the same two.
 _COL_LENGTH = tl.constexpr(4)
 _COL_KEEP = tl.constexpr(5)
 _COL_STRIDE = tl.constexpr(6)
 _COL_LAYOUT = tl.constexpr(7)
 _COL_OUT_STRIDE = tl.constexpr(7 + LAYOUT_WIDTH)
 _COL_OUT_LAYOUT = tl.constexpr(8 + LAYOUT_WIDTH)
-ROWS_WIDTH = 8 + 2 * LAYOUT_WIDTH
-_ROWS_WIDTH = tl.constexpr(ROWS_WIDTH)
+_COL_NUMBERS = tl.constexpr(8 + 2 * LAYOUT_WIDTH)
+_COL_NUMBERS_STRIDE = tl.constexpr(9 + 2 * LAYOUT_WIDTH)
+_COL_NUMBERS_LAYOUT = tl.constexpr(10 + 2 * LAYOUT_WIDTH)
+_ROWS_WIDTH = tl.constexpr(10 + 3 * LAYOUT_WIDTH)
 
 
 @triton.jit
-def _row_keys(ptr, layout_ptr, offs, n, KEY_BITS: tl.constexpr, FLAT: tl.constexpr):
+def _row_keys(
+    ptr,
+    layout_ptr,
+    numbers_ptr,
+    numbers_layout_ptr,
+    offs,
+    n,
+    KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    FLAT: tl.constexpr,
+):
     """Return the elements and keys of one block of a row; behind its end the keys are -1."""
     mask = offs < n
     if FLAT:
         x = tl.load(ptr + offs, mask=mask, other=0.0)
     else:
         x = tl.load(ptr + strided_offsets(layout_ptr, offs.to(tl.int64)), mask=mask, other=0.0)
-    key = magnitude_key(x, KEY_BITS)
+    if SCORE is None:
+        key = magnitude_key(x, KEY_BITS)
+    else:
+        if KIND == _LAYER:
+            a = tl.load(numbers_ptr)
+        elif FLAT:
+            a = tl.load(numbers_ptr + offs, mask=mask, other=0.0)
+        else:
+            a = tl.load(numbers_ptr + strided_offsets(numbers_layout_ptr, offs.to(tl.int64)), mask=mask, other=0.0)
+        key = score_key(x, a, KEY_BITS, SCORE)
     return x, tl.where(mask, key, -1)
 
 
@@ -54,12 +81,16 @@ def _row_keys(ptr, layout_ptr, offs, n, KEY_BITS: tl.constexpr, FLAT: tl.constex
 def _cut_row(
     ptr,
     out_ptr,
+    numbers_ptr,
     layout_ptr,
     out_layout_ptr,
+    numbers_layout_ptr,
     n,
     keep,
     INF: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
     TO_MASK: tl.constexpr,
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -76,7 +107,8 @@ def _cut_row(
         shift = 8 * (digits_left - 1)
         counts = tl.zeros((_BINS,), tl.int64)
         for start in range(0, n, BLOCK):
-            _, key = _row_keys(ptr, layout_ptr, start + lanes, n, KEY_BITS, FLAT)
+            offs = start + lanes
+            _, key = _row_keys(ptr, layout_ptr, numbers_ptr, numbers_layout_ptr, offs, n, KEY_BITS, SCORE, KIND, FLAT)
             shares = (key >= 0) & (((key >> shift) >> 8) == prefix)
             counts += tl.histogram(((key >> shift) & 0xFF).to(tl.int32), _BINS, mask=shares).to(tl.int64)
             if digits_left == KEY_BITS // 8:
@@ -90,7 +122,7 @@ def _cut_row(
         before = tl.zeros((), tl.int64)
         for start in range(0, n, BLOCK):
             offs = start + lanes
-            x, key = _row_keys(ptr, layout_ptr, offs, n, KEY_BITS, FLAT)
+            x, key = _row_keys(ptr, layout_ptr, numbers_ptr, numbers_layout_ptr, offs, n, KEY_BITS, SCORE, KIND, FLAT)
             ties = (key == cut).to(tl.int32)
             here = tl.sum(ties)
             if (before < remaining) & (before + here > remaining):
@@ -102,10 +134,7 @@ def _cut_row(
                 where = offs.to(tl.int64)
             else:
                 where = strided_offsets(out_layout_ptr, offs.to(tl.int64))
-            if TO_MASK:
-                tl.store(out_ptr + where, stays.to(tl.uint8), mask=offs < n)
-            else:
-                tl.store(out_ptr + where, tl.where(stays, x, 0.0), mask=offs < n)
+            write_kept(out_ptr, where, x, stays, offs < n, TO_MASK)
     return largest
 
 
@@ -118,6 +147,9 @@ def _rows_kernel(
     DTYPE: tl.constexpr,
     INF: tl.constexpr,
     KEY_BITS: tl.constexpr,
+    SCORE: tl.constexpr,
+    KIND: tl.constexpr,
+    AUX_DTYPE: tl.constexpr,
     TO_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
     GENERAL: tl.constexpr,
@@ -140,43 +172,79 @@ def _rows_kernel(
     else:
         out_layout_ptr = layout_ptr
         out_ptr = ptr
+    numbers_layout_ptr = row_ptr + _COL_NUMBERS_LAYOUT
+    if SCORE is None:
+        numbers_ptr = ptr  # not read
+    else:
+        NUMBER: tl.constexpr = AUX_DTYPE.primitive_bitwidth // 8
+        numbers_address = tl.load(row_ptr + _COL_NUMBERS) + row * tl.load(row_ptr + _COL_NUMBERS_STRIDE) * NUMBER
+        numbers_ptr = numbers_address.to(tl.pointer_type(AUX_DTYPE))
+        if KIND != _LAYER:
+            flat = flat & is_contiguous(numbers_layout_ptr, 1) & is_aligned(numbers_address)
     if flat:
         largest = _cut_row(
             tl.multiple_of(ptr, 16),
             tl.multiple_of(out_ptr, 16),
+            numbers_ptr if KIND == _LAYER else tl.multiple_of(numbers_ptr, 16),
             layout_ptr,
             out_layout_ptr,
+            numbers_layout_ptr,
             tl.multiple_of(n, 16),
             keep,
             INF,
             KEY_BITS,
+            SCORE,
+            KIND,
             TO_MASK,
             True,
             BLOCK,
         )
     else:
-        largest = _cut_row(ptr, out_ptr, layout_ptr, out_layout_ptr, n, keep, INF, KEY_BITS, TO_MASK, False, GENERAL)
+        largest = _cut_row(
+            ptr,
+            out_ptr,
+            numbers_ptr,
+            layout_ptr,
+            out_layout_ptr,
+            numbers_layout_ptr,
+            n,
+            keep,
+            INF,
+            KEY_BITS,
+            SCORE,
+            KIND,
+            TO_MASK,
+            False,
+            GENERAL,
+        )
     tl.store(bad_ptr + tl.load(row_ptr + ROW_POSITION), 1, mask=largest > INF)
 
 
-def _rows_constants(dtype: torch.dtype, to_mask: bool) -> dict:
+def _rows_constants(dtype: torch.dtype, to_mask: bool, score: KeyFormula = MAGNITUDE) -> dict:
     return {
         "DTYPE": TRITON_DTYPES[dtype],
-        "INF": INF_KEYS[dtype],
-        "KEY_BITS": 8 * dtype.itemsize,
+        "INF": INF_KEYS[score.key_dtype(dtype)],
+        "KEY_BITS": 8 * score.key_dtype(dtype).itemsize,
+        **score.constants(),
         "TO_MASK": to_mask,
-        "BLOCK": config("rows", dtype).block,
-        "GENERAL": config("rows", dtype).general,
+        "BLOCK": score.settings("rows", dtype).block,
+        "GENERAL": score.settings("rows", dtype).general,
     }
 
 
 def launch_rows(
-    rows: Tensor, block_to_tensor: Tensor, out_addrs: Tensor | None, bad: Tensor, *, dtype: torch.dtype
+    rows: Tensor,
+    block_to_tensor: Tensor,
+    out_addrs: Tensor | None,
+    bad: Tensor,
+    *,
+    dtype: torch.dtype,
+    score: KeyFormula = MAGNITUDE,
 ) -> None:
     """Cut every row of a row table by itself: in place, or into the bool masks at out_addrs."""
     args = rows, block_to_tensor, rows if out_addrs is None else out_addrs, bad
-    constants = _rows_constants(dtype, out_addrs is not None)
-    launch(_rows_kernel, block_to_tensor.numel(), args, constants, config("rows", dtype).options())
+    constants = _rows_constants(dtype, out_addrs is not None, score)
+    launch(_rows_kernel, block_to_tensor.numel(), args, constants, score.settings("rows", dtype).options())
 
 
 def variants() -> list[Variant]:
@@ -190,4 +258,11 @@ def variants() -> list[Variant]:
             constants = _rows_constants(dtype, to_mask)
             moved = dtype.itemsize + (1 if to_mask else dtype.itemsize)
             listed.append(Variant(_rows_kernel, label, signature, constants, warps, bytes_per_element=moved))
+    for label, dtype, formula, streams, moved in line_forms():
+        label = f"{dtype} {label}".replace("torch.", "")
+        constants, chosen = _rows_constants(dtype, False, formula), formula.settings("rows", dtype)
+        essential, options = dtype == torch.float32, chosen.options()
+        listed.append(
+            Variant(_rows_kernel, label, signature, constants, chosen.warps, streams, essential, moved, options)
+        )
     return listed

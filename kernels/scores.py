@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._tile import COLUMNS, ELEMENTS, LAYER, NOTHING
-from .launch import TRITON_DTYPES
+from .launch import TRITON_DTYPES, LaunchConfig, config
 
 
 @triton.jit
@@ -51,6 +51,16 @@ class KeyFormula(NamedTuple):
         """Return the kernels' constants."""
         return {"SCORE": self.formula, "KIND": self.kind, "AUX_DTYPE": TRITON_DTYPES[self.dtype]}
 
+    def key_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which weights of one dtype are compared with each other."""
+        if self.formula is None:
+            return dtype
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def settings(self, op: str, dtype: torch.dtype) -> LaunchConfig:
+        """Return the launch settings of an op by this formula for one dtype."""
+        return config(op if self.formula is None else f"{op} scores", dtype)
+
 
 MAGNITUDE = KeyFormula()
 
@@ -61,4 +71,17 @@ def score_forms(dtype: torch.dtype) -> list[tuple[str, KeyFormula, int]]:
         ("gradient", KeyFormula(product, ELEMENTS, dtype), 1),
         ("wanda", KeyFormula(scaled, COLUMNS, torch.float32), 0),
         ("normalised", KeyFormula(scaled, LAYER, torch.float32), 0),
+    ]
+
+
+def line_forms() -> list[tuple[str, torch.dtype, KeyFormula, float, int]]:
+    """Return the scores whose kernels for rows and groups are compiled: label, weights' dtype, formula, streams, bytes.
+
+    Numbers per column are loaded like those per element, but come from the cache: they move no bytes.
+    """
+    return [
+        (label, dtype, formula, 1 + formula.dtype.itemsize / dtype.itemsize, (2 + numbers) * dtype.itemsize)
+        for dtype in (torch.float32, torch.bfloat16)
+        for label, formula, numbers in score_forms(dtype)
+        if formula.kind != LAYER
     ]

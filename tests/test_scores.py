@@ -1,4 +1,4 @@
-"""Selection by scores against a stable sort of scores computed whole, on both backends."""
+"""Selection by scores against a stable sort of scores computed whole, on both backends; rows: test_score_lines."""
 
 import math
 
@@ -73,15 +73,6 @@ def test_global_and_layer_scores_equal_a_stable_sort(name, dtype, backend, devic
             found = score_masks(weights, sparsity, name, aux=numbers, scope=scope)
             assert all(torch.equal(m.cpu(), w) for m, w in zip(found, wanted, strict=True)), (scope, sparsity)
             assert all(m.is_contiguous() and m.dtype == torch.bool for m in found)
-
-
-@pytest.mark.parametrize("scope", ["row", "2:4", "1:3"])
-@pytest.mark.parametrize("name", FORMULAS)
-def test_scores_in_rows_and_groups(name, scope, backend, device):
-    weights, numbers = weights_and_numbers(torch.float32, device, FORMULAS[name][0])
-    wanted = ref.masks(scores_of(name, weights, numbers), 0.4, scope)
-    found = score_masks(weights, 0.4 if scope == "row" else None, name, aux=numbers, scope=scope)
-    assert all(torch.equal(m.cpu(), w) for m, w in zip(found, wanted, strict=True))
 
 
 def test_mixed_dtypes_and_large_tensors(backend, device):

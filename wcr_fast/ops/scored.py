@@ -80,10 +80,22 @@ def apply_lines(
     out: Sequence[Tensor] | None = None,
 ) -> None:
     """Select in every row (``nm`` None) or group of m by itself: in place, or keep masks into ``out``."""
+    triton = _triton(tensors, scored)
+    if triton is not None and nm is not None and nm[1] > triton.MAX_GROUP:
+        triton = None
+    if triton is not None:
+        scored = triton.in_one_dtype(scored, tensors)
     beside = [scored.beside(i, t) for i, t in enumerate(tensors)]
     make = row_views if nm is None else group_views
     views, numbers = make(weights, tensors), make(weights, beside)
     outs = None if out is None else make(weights, out)
+    if triton is not None:
+        listed = triton.numbers_in_lines(scored, numbers)
+        if nm is None:
+            triton.apply_rows(views, row_counts(views, sparsity), outs, listed)
+        else:
+            triton.apply_nm(views, *nm, outs, listed)
+        return
     if nm is None:
         counts, sizes = row_counts(views, sparsity), [max(v[0].numel(), 1) if len(v) else 1 for v in views]
     else:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wcr_fast.kernels._tile import AUX_WIDTH, COLUMNS, ELEMENTS, LAYER
-from wcr_fast.kernels.launch import CHUNK
+from wcr_fast.kernels.launch import CHUNK, TRITON_DTYPES
 from wcr_fast.kernels.scores import KeyFormula
 from wcr_fast.score import Scored, kernel_of
 
 NOTHING = (0,) * AUX_WIDTH
+_KINDS = {"element": ELEMENTS, "column": COLUMNS, "layer": LAYER}
 
 
 class Numbers(NamedTuple):
@@ -24,17 +26,28 @@ class Numbers(NamedTuple):
     tensors: list[Tensor]
 
 
+def in_one_dtype(scored: Scored, tensors: Sequence[Tensor]) -> Scored:
+    """Return a score with its numbers for these tensors in one dtype that kernels take."""
+    dtypes = {a.dtype for a in scored.numbers}
+    if len(dtypes) == 1 and dtypes <= TRITON_DTYPES.keys():
+        return scored
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return replace(scored, numbers=tuple(a.to(wide) for a in scored.numbers))
+
+
+def numbers_in_lines(scored: Scored, views: Sequence[Tensor]) -> Numbers:
+    """Return a score's numbers, all of one dtype, as kernels take them in views like those of the weights."""
+    return Numbers(KeyFormula(kernel_of(scored.score), _KINDS[scored.score.per], views[0].dtype), list(views))
+
+
 def numbers_of(scored: Scored, tensors: Sequence[Tensor]) -> Numbers:
     """Return a score's numbers as kernels take them for these tensors.
 
     Numbers per element get their weight's strides, by a copy where they have others; numbers per column become a
     vector, or, where they depend on more than one dimension, numbers per element.
     """
-    listed = list(scored.numbers)
-    if len({a.dtype for a in listed}) > 1:
-        wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        listed = [a.to(wide) for a in listed]
-    kind = {"element": ELEMENTS, "column": COLUMNS, "layer": LAYER}[scored.score.per]
+    listed = list(in_one_dtype(scored, tensors).numbers)
+    kind = _KINDS[scored.score.per]
     if kind == COLUMNS and any(_column(a) is None for a in listed):
         kind = ELEMENTS
     if kind == ELEMENTS:

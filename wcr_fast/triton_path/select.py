@@ -9,7 +9,8 @@ from torch import Tensor
 
 from wcr_fast.kernels._tile import LAYOUT_WIDTH, MAX_DIMS
 from wcr_fast.kernels.launch import CHUNK
-from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, groups_per_chunk, launch_mask, launch_nm, launch_ties
+from wcr_fast.kernels.mask import COUNT, KNOWN, TRIM, launch_mask, launch_ties
+from wcr_fast.kernels.nm import groups_per_chunk, launch_nm
 from wcr_fast.kernels.rows import launch_rows
 from wcr_fast.kernels.scores import MAGNITUDE
 from wcr_fast.kernels.survey import launch_survey
@@ -18,9 +19,9 @@ from wcr_fast.table import TensorTable, build_table, group, on_device
 from wcr_fast.torch_path.cuts import Counts, Cuts
 from wcr_fast.torch_path.layout import is_dense
 from wcr_fast.triton_path.cuts import chunk_order, find_cuts, in_any_order
-from wcr_fast.triton_path.numbers import Numbers, columns_of, numbers_of
+from wcr_fast.triton_path.numbers import Numbers, columns_of, in_one_dtype, numbers_in_lines, numbers_of
 
-__all__ = ["apply", "apply_nm", "apply_rows", "find_cuts", "survey"]
+__all__ = ["apply", "apply_nm", "apply_rows", "find_cuts", "in_one_dtype", "numbers_in_lines", "survey"]
 
 MAX_GROUP = 16
 _NO_LAYOUT = (0,) * LAYOUT_WIDTH
@@ -137,29 +138,40 @@ def apply(
     return Counts(counts[:, :1], counts[:, 1:2], counts[:, 2]) if out is None else None
 
 
-def apply_rows(views: Sequence[Tensor], num_keep: Sequence[int], out_views: Sequence[Tensor] | None = None) -> Tensor:
+def _rows(view: Tensor) -> tuple[int, ...]:
+    """Return the columns of a view's rows: their distance and the layout of one."""
+    return (view.stride(0), *_layout(view.shape[1:], view.stride()[1:]))
+
+
+def apply_rows(
+    views: Sequence[Tensor],
+    num_keep: Sequence[int],
+    out_views: Sequence[Tensor] | None = None,
+    numbers: Numbers | None = None,
+) -> Tensor:
     """Keep the ``num_keep[i]`` largest of every row ``views[i][j]``: in place, or as masks in ``out_views``.
 
-    Of equal magnitudes the earlier in logical order stay. Returns bool [L], the tensor holds NaN; a row with NaN
-    is not written in place.
+    With numbers, which are in views like the weights', the largest scores. Of equal ones the earlier in logical order
+    stay. Returns bool [L], the tensor holds NaN; a row with NaN is not written in place.
     """
     views = [v.detach() for v in views]
     device = views[0].device
+    formula = MAGNITUDE if numbers is None else numbers.formula
     bad = torch.zeros(len(views), dtype=torch.bool, device=device)
     for positions in group(views):
         extra = []
         for i in positions:
             view = views[i]
-            out = (0, *_NO_LAYOUT)
-            if out_views is not None:
-                out = (out_views[i].stride(0), *_layout(out_views[i].shape[1:], out_views[i].stride()[1:]))
-            row = _layout(view.shape[1:], view.stride()[1:])
-            extra.append((view.numel() // view.shape[0], num_keep[i], view.stride(0), *row, *out))
+            out = (0, *_NO_LAYOUT) if out_views is None else _rows(out_views[i])
+            a = None if numbers is None else numbers.tensors[i]
+            beside = (0, 0, *_NO_LAYOUT) if a is None else (a.data_ptr(), *_rows(a))
+            extra.append((view.numel() // view.shape[0], num_keep[i], *_rows(view), *out, *beside))
         listed = [views[i] for i in positions]
         table = build_table(listed, positions, 1, lengths=[v.shape[0] for v in listed], extra=extra)
         outs = None if out_views is None else table.addresses([out_views[i] for i in positions])
         with on_device(device):
-            launch_rows(table.rows, table.block_to_tensor, outs, bad.view(torch.uint8), dtype=table.dtype)
+            at = table.rows, table.block_to_tensor, outs, bad.view(torch.uint8)
+            launch_rows(*at, dtype=table.dtype, score=formula)
     return bad
 
 
@@ -176,11 +188,17 @@ def _memory_order(view: Tensor, m: int) -> list[int]:
     return sorted(range(view.dim()), key=lambda d: -strides[d])
 
 
-def apply_nm(views: Sequence[Tensor], n: int, m: int, out_views: Sequence[Tensor] | None = None) -> None:
+def apply_nm(
+    views: Sequence[Tensor],
+    n: int,
+    m: int,
+    out_views: Sequence[Tensor] | None = None,
+    numbers: Numbers | None = None,
+) -> None:
     """Keep the n largest of each m consecutive weights along the last dimension of every view.
 
-    In place, or as masks in ``out_views``; of equal magnitudes the earlier stay, and a remainder shorter than m
-    stays dense. Raises ValueError for m > 16.
+    In place, or as masks in ``out_views``. With numbers, which are in views like the weights', the largest scores. Of
+    equal ones the earlier stay, and a remainder shorter than m stays dense. Raises ValueError for m > 16.
     """
     if m > MAX_GROUP:
         raise ValueError(f"n:m on the triton backend takes m up to {MAX_GROUP}, got {m}; use backend 'torch'")
@@ -190,6 +208,7 @@ def apply_nm(views: Sequence[Tensor], n: int, m: int, out_views: Sequence[Tensor
             if out.shape[-1] % m:
                 out.fill_(True)
     device = views[0].device
+    formula = MAGNITUDE if numbers is None else numbers.formula
     grouped = [v if v.shape[-1] >= m else v[..., :0] for v in views]
     for positions in group(grouped):
         listed = [views[i] for i in positions]
@@ -197,9 +216,11 @@ def apply_nm(views: Sequence[Tensor], n: int, m: int, out_views: Sequence[Tensor
         for i in positions:
             order = _memory_order(views[i], m)
             out = (0, *_NO_LAYOUT) if out_views is None else _groups(out_views[i], m, order)
-            extra.append((*_groups(views[i], m, order), *out))
+            a = None if numbers is None else numbers.tensors[i]
+            beside = (0, 0, *_NO_LAYOUT) if a is None else (a.data_ptr(), *_groups(a, m, order))
+            extra.append((*_groups(views[i], m, order), *out, *beside))
         lengths = [v.numel() // v.shape[-1] * (v.shape[-1] // m) for v in listed]
         table = build_table(listed, positions, groups_per_chunk(m), lengths=lengths, extra=extra)
         outs = None if out_views is None else table.addresses([out_views[i] for i in positions])
         with on_device(device):
-            launch_nm(table.rows, table.block_to_tensor, outs, dtype=table.dtype, n=n, m=m)
+            launch_nm(table.rows, table.block_to_tensor, outs, dtype=table.dtype, n=n, m=m, score=formula)
