@@ -62,7 +62,7 @@ class Excess:
 
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 EXCESSES = (
-    Excess("_nm_kernel", "8:16", "every element's rank among sixteen is counted rival by rival"),
+    Excess("_nm_kernel", "float64 8:16", "keys of 64 bits are compared by several instructions"),
     Excess("_fine_kernel", r"b?float16 as .*64-bit counts", "lists beyond 2^31 weights"),
     Excess("_fine_kernel", "wanda", "an integer division finds every weight's column"),
     Excess("_mask_kernel", "wanda", "an integer division finds every weight's column"),

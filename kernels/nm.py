@@ -40,14 +40,85 @@ _NM_WIDTH = tl.constexpr(8 + 3 * LAYOUT_WIDTH)
 
 
 @triton.jit
-def _among_largest(key, cols, N: tl.constexpr, WIDTH: tl.constexpr):
+def _ordered(a, b):
+    return tl.maximum(a, b), tl.minimum(a, b)
+
+
+@triton.jit
+def _four_sorted(a, b, c, d):
+    a, b = _ordered(a, b)
+    c, d = _ordered(c, d)
+    a, c = _ordered(a, c)
+    b, d = _ordered(b, d)
+    b, c = _ordered(b, c)
+    return a, b, c, d
+
+
+@triton.jit
+def _halves(x):
+    """Return the even and the odd columns."""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _eight_sorted(x):
+    """Return the values of each row of [groups, 8], the largest first, as eight columns (Batcher's odd-even merge)."""
+    even, odd = _halves(x)
+    a, c = _halves(even)
+    b, d = _halves(odd)
+    a0, a1 = _halves(a)
+    b0, b1 = _halves(b)
+    c0, c1 = _halves(c)
+    d0, d1 = _halves(d)
+    x0, x1, x2, x3 = _four_sorted(a0, a1, b0, b1)
+    x4, x5, x6, x7 = _four_sorted(c0, c1, d0, d1)
+    x0, x4 = _ordered(x0, x4)
+    x1, x5 = _ordered(x1, x5)
+    x2, x6 = _ordered(x2, x6)
+    x3, x7 = _ordered(x3, x7)
+    x2, x4 = _ordered(x2, x4)
+    x3, x5 = _ordered(x3, x5)
+    x1, x2 = _ordered(x1, x2)
+    x3, x4 = _ordered(x3, x4)
+    x5, x6 = _ordered(x5, x6)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _nth_of_sixteen(key, N: tl.constexpr):
+    """Return the N-th largest key of each group [groups, 16], at least 0."""
+    even, odd = _halves(key)
+    a, b = _eight_sorted(even), _eight_sorted(odd)
+    nth = tl.zeros_like(a[0])
+    for i in tl.static_range(9):  # the first i of one half and the first N - i of the other are the N largest
+        if i == N:
+            nth = tl.maximum(nth, a[i - 1])
+        elif i == 0 and N <= 8:
+            nth = tl.maximum(nth, b[N - 1])
+        elif i > 0 and i < N and N - i <= 8:
+            nth = tl.maximum(nth, tl.minimum(a[i - 1], b[N - i - 1]))
+    return nth
+
+
+@triton.jit
+def _among_largest(key, cols, N: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr):
     """Tell which keys of each group [groups, WIDTH] are among its N largest; of equal ones the earlier."""
-    rank = tl.zeros_like(cols)
-    for j in tl.static_range(WIDTH):
-        rival = tl.sum(tl.where(cols == j, key, 0), axis=1)[:, None]
-        # An earlier rival wins when it is as large, a later one only when it is larger.
-        rank += (rival >= key + (cols <= j).to(key.dtype)).to(tl.int32)
-    return rank < N
+    if WIDTH == 16 and KEY_BITS == 16:
+        key = (key << 4) | (15 - cols)  # no two are equal
+        stays = key >= _nth_of_sixteen(key, N)
+    elif WIDTH == 16:
+        cut = _nth_of_sixteen(key, N)
+        above, tied = key > cut, (key == cut).to(tl.int32)
+        left = N - tl.sum(above.to(tl.int32), axis=1)[:, None]
+        stays = above | ((tied != 0) & (tl.cumsum(tied, axis=1) <= left))
+    else:
+        rank = tl.zeros_like(cols)
+        for j in tl.static_range(WIDTH):
+            rival = tl.sum(tl.where(cols == j, key, 0), axis=1)[:, None]
+            # An earlier rival wins when it is as large, a later one only when it is larger.
+            rank += (rival >= key + (cols <= j).to(key.dtype)).to(tl.int32)
+        stays = rank < N
+    return stays
 
 
 @triton.jit
@@ -130,7 +201,7 @@ def _nm_kernel(
                 a = _full_numbers(full_numbers_ptr, first, period, i * BLOCK + lanes, KIND, WIDTH)
                 key = score_key(x, a, KEY_BITS, SCORE)
             key = tl.reshape(key, (TILE, WIDTH))
-            stays = tl.reshape(_among_largest(key, cols, N, WIDTH), (BLOCK,))
+            stays = tl.reshape(_among_largest(key, cols, N, WIDTH, KEY_BITS), (BLOCK,))
             write_kept(full_out_ptr, i * BLOCK + lanes, x, stays, None, TO_MASK)
     else:
         for i in range(tl.cdiv(count, TILE).to(tl.int32)):
@@ -148,7 +219,7 @@ def _nm_kernel(
                     a = tl.load(numbers_ptr + place, mask=mask, other=0.0)
                 key = score_key(x, a, KEY_BITS, SCORE)
             key = tl.where(mask, key, -1)
-            stays = _among_largest(key, cols, N, WIDTH)
+            stays = _among_largest(key, cols, N, WIDTH, KEY_BITS)
             if TO_MASK:
                 where = strided_offsets(out_groups_ptr, start + index)[:, None] + cols * out_step
             write_kept(out_ptr, where, x, stays, mask, TO_MASK)

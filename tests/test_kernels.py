@@ -370,6 +370,18 @@ def test_nm_in_every_layout(n, m):
         assert torch.equal(pruned, torch.where(out, weight, 0.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_every_n_of_sixteen(dtype):
+    """Groups of 9 to 16 are ranked by a network of comparisons: ties, and every n."""
+    weight = torch.randint(-3, 4, (40, 16)).to(DEVICE, dtype)
+    weight[:4], weight[4:8] = 0.0, torch.arange(16)
+    for n, m in [*((n, 16) for n in range(1, 17)), (4, 9), (9, 10), (13, 15)]:
+        groups = weight[:, :m].contiguous()
+        out = torch.empty(groups.shape, dtype=torch.bool, device=DEVICE)
+        select.apply_nm([groups], n, m, [out])
+        assert torch.equal(out, torch.stack([kept(g, n) for g in groups])), (n, m)
+
+
 def test_nm_groups_are_at_most_sixteen():
     with pytest.raises(ValueError, match="m up to 16, got 32; use backend 'torch'"):
         select.apply_nm([normal(4, 64)], 2, 32)
