@@ -186,7 +186,7 @@ def test_window_narrows_to_the_same_answer(dtype, block, monkeypatch):
 class _TwoStreams(MemorySource):
     """The same keys, one tensor per block, dealt out to two threads."""
 
-    def streams(self, count):
+    def streams(self, count, windows=1):
         keys = [cuts.keys_of(t.reshape(-1), self.dtype).numpy() for t in self.tensors]
         deal = [KeyBlock([i], [0], k) for i, k in enumerate(keys) if k.size]
         return [deal[::2], deal[1::2]]
@@ -228,11 +228,11 @@ class _Inconstant(MemorySource):
 
     sweeps = 0
 
-    def streams(self, count):
+    def streams(self, count, windows=1):
         self.sweeps += 1
         assert self.sweeps < 100
         self.tensors[0].fill_(self.sweeps % 2 + 1.0)
-        return super().streams(count)
+        return super().streams(count, windows)
 
 
 @pytest.mark.parametrize("capacity", [64, 1 << 16])
@@ -362,7 +362,7 @@ class _Huge:
     def sample(self, size):
         return np.concatenate([self.last, np.full(20, 9, np.int16), self.block])[:, None]
 
-    def streams(self, count):
+    def streams(self, count, windows=1):
         return [self.blocks()]
 
     def blocks(self):

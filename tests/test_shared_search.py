@@ -135,10 +135,10 @@ class Broken(MemorySource):
             raise OSError("no such file")
         return super().sample(size)
 
-    def streams(self, count):
+    def streams(self, count, windows=1):
         if self.where == "streams":
             raise OSError("no such file")
-        return super().streams(count)
+        return super().streams(count, windows)
 
 
 @pytest.mark.parametrize("where", ["sample", "streams"])

@@ -66,7 +66,7 @@ class FileKeys:
         """Make running and later streams raise, from another thread."""
         self._stopped = True
 
-    def streams(self, count: int) -> list[Iterator[KeyBlock]]:
+    def streams(self, count: int, windows: int = 1) -> list[Iterator[KeyBlock]]:
         """Return ``count`` iterators that share the blocks among them: whoever is ready takes the next."""
         if self._swept:
             self._meter.expect(sum(s.stop - s.start for s in self.segments))

@@ -80,7 +80,7 @@ class LampSource:
         parts = [self.keys(i)[::step].cpu() for i, numel in enumerate(self.numels) if numel]
         return torch.cat(parts).numpy().reshape(-1, 1)
 
-    def streams(self, count: int) -> list[Iterator[KeyBlock]]:
+    def streams(self, count: int, windows: int = 1) -> list[Iterator[KeyBlock]]:
         """Return one iterator; see window.KeySource."""
         return [self._blocks()]
 

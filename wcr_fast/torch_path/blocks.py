@@ -17,6 +17,7 @@ from wcr_fast.torch_path.scan import KeyBlock, compiled
 BLOCK = 1 << 17
 # Compiled code needs no copy of what it reads: only its calls cost.
 COMPILED = 1 << 20
+MANY_WINDOWS = 4
 # torch runs an op on fewer elements than this on the calling thread. Its own pool waits in busy loops, which
 # costs far more than it brings as soon as another process wants the core.
 SERIAL = (1 << 15) - 64
@@ -113,13 +114,15 @@ class MemorySource:
             end += block.keys.size
         return keys.reshape(-1, 1)
 
-    def streams(self, count: int) -> list[Iterator[KeyBlock]]:
-        """Return iterators over every count-th block, where compiled code scans them; else one; see KeySource.
+    def streams(self, count: int, windows: int = 1) -> list[Iterator[KeyBlock]]:
+        """Return iterators over every count-th block, where compiled code compares them with many windows; else one.
 
         A block takes numpy some 20 microseconds a call: two threads spend what they gain on handing over the
-        interpreter's lock (measured on 2 cores), and lose much more when another process wants a core.
+        interpreter's lock, and lose much more when another process wants a core. Compiled code waits for memory where
+        there are few windows: two threads then take 1.1 times as long as one, with ten 0.8 times (2 cores).
         """
-        count = min(count, sum(self.numels) // COMPILED + 1) if compiled() else 1
+        worthwhile = compiled() and windows >= MANY_WINDOWS
+        count = min(count, sum(self.numels) // COMPILED + 1) if worthwhile else 1
         return [self._blocks(first, count) for first in range(count)]
 
     def _groups(self) -> Iterator[list[Piece]]:

@@ -62,7 +62,7 @@ class ScoreSource:
             lines[mine] = self.keys(w, a).cpu().numpy().reshape(-1, LINE)
         return lines
 
-    def streams(self, count: int) -> list[Iterator[KeyBlock]]:
+    def streams(self, count: int, windows: int = 1) -> list[Iterator[KeyBlock]]:
         """Return one iterator; see window.KeySource."""
         return [self._blocks()]
 

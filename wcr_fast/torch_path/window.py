@@ -46,8 +46,11 @@ class KeySource(Protocol):
         """
         ...
 
-    def streams(self, count: int) -> Sequence[Iterable[KeyBlock]]:
-        """Return at most ``count`` iterables, read in parallel, which together give every key once."""
+    def streams(self, count: int, windows: int = 1) -> Sequence[Iterable[KeyBlock]]:
+        """Return at most ``count`` iterables, read in parallel, which together give every key once.
+
+        ``windows``: with how many each key will be compared.
+        """
         ...
 
 
@@ -195,7 +198,7 @@ def count_windows(source: KeySource | KeyCounter, windows: Sequence[Window], *, 
     if large:
         scanning.request()
     workers = torch.get_num_threads() if large else 1
-    streams = source.streams(workers)
+    streams = source.streams(workers, len(windows))
     tallies = [Tally(windows, tensors, top) for _ in streams]
     if len(streams) > 1:
         with ThreadPoolExecutor(len(streams)) as pool:
