@@ -476,7 +476,8 @@ def _step_kernel(
         start = chunk * _CHUNK
         count = tl.minimum(tl.load(row_ptr + ROW_LENGTH) - start, _CHUNK)
         ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE)) + start
-        _track_chunk(ptr, count, tracked, bad_ptr, TRACK, INF, INLINE)
+        if num_cuts > 0:
+            _track_chunk(ptr, count, tracked, bad_ptr, TRACK, INF, INLINE)
 
 
 def constants(

@@ -208,6 +208,70 @@ def test_a_weight_given_twice_counts_twice(backend, device):
     assert tracked.threshold().item() == wanted([params[0], params[3], params[0]], 0.4)
 
 
+def test_a_parameter_that_the_optimizer_has_twice(backend, device):
+    params = parameters(device)
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = SGD([params[0], params[3], params[0]], lr=1e-2)
+    tracked = optimizer.track_threshold([params[0], params[3]], 0.4)
+    draw(params, 0)
+    optimizer.step()
+    assert tracked.threshold().item() == wanted([params[0], params[3]], 0.4)
+
+
+def test_parameters_that_share_memory(backend, device):
+    base = torch.randn(40, 8, device=device)
+    params = [torch.nn.Parameter(base), torch.nn.Parameter(base[:15])]
+    optimizer = SGD(params, lr=0.3)
+    tracked = optimizer.track_threshold(params[:1], 0.5)
+    draw(params, 0)
+    optimizer.step()
+    assert tracked.threshold().item() == wanted(params[:1], 0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.bfloat16,
+        torch.Tensor.half,
+        torch.Tensor.double,
+        lambda t: t[:10] * 1e-3,
+        lambda t: t.bfloat16() / 99,
+    ],
+    ids=["bfloat16", "float16", "float64", "smaller", "bfloat16, outside"],
+)
+def test_weights_of_another_kind(backend, device, change):
+    weight = torch.nn.Parameter(torch.randn(30, 50, device=device))
+    optimizer = SGD([weight], lr=1e-2)
+    tracked = optimizer.track_threshold([weight], SPARSITIES)
+    draw([weight], 0)
+    optimizer.step()
+    weight.grad = None
+    weight.data = change(weight.detach())
+    check(tracked, [weight])
+    for number in range(2):
+        draw([weight], number)
+        optimizer.step()
+        check(tracked, [weight])
+    with wcr_fast.backend("torch"):
+        check(tracked, [weight])
+
+
+@needs_triton
+def test_a_step_that_breaks_off(monkeypatch):
+    from wcr_fast.triton_path import step
+
+    params = parameters(DEVICE)
+    with wcr_fast.backend("triton"):
+        optimizer = SGD(params, lr=1e-2)
+        tracked = optimizer.track_threshold(params[:4], 0.5)
+        draw(params, 0)
+        optimizer.step()
+        monkeypatch.setattr(step, "launch_step", None)
+        with pytest.raises(TypeError):
+            optimizer.step(lambda: 0.0)
+        assert tracked.threshold().item() == wanted(params[:4], 0.5)
+
+
 def test_weights_with_gaps(backend, device):
     torch.manual_seed(0)
     whole = torch.randn(40, 60, device=device)

@@ -282,6 +282,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._tracked is not None:
+            self._tracked.stepped(counted=False)  # until all of it is done
         found = self._look() if loss is None and self._watch is not None else None
         if found is not None:
             self._repeat(*found)

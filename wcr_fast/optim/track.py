@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from wcr_fast.backend import use_triton
 from wcr_fast.ops import select
 from wcr_fast.ops.sharded import is_sharded
 from wcr_fast.slots import Slot
+from wcr_fast.table import capturing
 from wcr_fast.torch_path.cuts import threshold_dtype, values_of
 from wcr_fast.weights import Weight
 
@@ -35,7 +38,8 @@ class TrackedThreshold:
         self._params = [w.param for w in weights]
         self._sparsities, self._several = list(sparsities), several
         self._tracker: Any = None  # what steps on Triton count in
-        self._counted: list[tuple[int, int]] | None = None  # the weights as the last counts were of
+        self._kind: tuple = ()  # of the weights that it was made for
+        self._counted: tuple | None = None  # the weights as the last counts were of
 
     def threshold(self) -> Tensor:
         """Return the threshold of the weights as they are: what :func:`wcr_fast.magnitude_threshold` would return.
@@ -44,7 +48,7 @@ class TrackedThreshold:
         has moved far since it was last asked for. Nothing waits for the device.
         """
         tensors = [p.detach() for p in self._params]
-        if self._tracker is None:
+        if self._tracker is None or self._kind != self._kind_now() or not use_triton(tensors):
             found = select.threshold(tensors, self._sparsities, "global")
         else:
             cuts = self._tracker.cuts(tensors, counted=self._counted == self._now())
@@ -72,20 +76,38 @@ class TrackedThreshold:
         """
         filled = [id(p) for p in self._params if p.numel()]
         counted = frozenset(filled)
-        once = len(counted) == len(filled) > 0 and counted <= {id(s.param) for s in slots}
-        if not once or len({p.device for p in self._params}) > 1 or any(map(is_sharded, self._params)):
+        once = len(counted) == len(filled) > 0 and counted <= {id(s.param) for s in slots} and _are_apart(slots)
+        plain = not any(is_sharded(p) or p.is_inference() for p in self._params)  # those count no versions
+        if not once or not plain or len({p.device for p in self._params}) > 1:
             self._tracker = self._counted = None
             return None
-        if self._tracker is None:
+        if self._tracker is None or self._kind != self._kind_now():
             from wcr_fast.triton_path.track import Tracker
 
             keep = select.keep_counts(self._params, self._sparsities, "global")
-            self._tracker = Tracker([p.detach() for p in self._params], keep[0])
+            self._tracker, self._kind = Tracker([p.detach() for p in self._params], keep[0]), self._kind_now()
         return self._tracker, counted
 
     def stepped(self, counted: bool) -> None:
         """Note that the weights were written, and whether the step counted them."""
         self._counted = self._now() if counted else None
 
-    def _now(self) -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in self._params]
+    def _kind_now(self) -> tuple:
+        return tuple((p.device, p.dtype, p.shape) for p in self._params)
+
+    def _now(self) -> tuple:
+        # What is captured has not run: it tells nothing outside of its graph.
+        return capturing(self._params[0].device), [(p.data_ptr(), p._version) for p in self._params]
+
+
+def _are_apart(slots: Sequence[Slot]) -> bool:
+    """Tell whether no two weights share memory: one would be counted before the other is stepped."""
+    spans = []
+    for slot in slots:
+        weight = slot.weight
+        if weight.numel():
+            reach = sum(stride * (size - 1) for stride, size in zip(weight.stride(), weight.shape, strict=True))
+            start = weight.data_ptr()
+            spans.append((str(weight.device), start, start + (reach + 1) * weight.element_size()))
+    spans.sort()
+    return all(a[0] != b[0] or a[2] <= b[1] for a, b in itertools.pairwise(spans))

@@ -121,7 +121,8 @@ class MemorySource:
         interpreter's lock, and lose much more when another process wants a core. Compiled code waits for memory where
         there are few windows: two threads then take 1.1 times as long as one, with ten 0.8 times (2 cores).
         """
-        worthwhile = compiled() and windows >= MANY_WINDOWS
+        # Another device is read on the stream of the thread that asked.
+        worthwhile = compiled() and windows >= MANY_WINDOWS and all(t.device.type == "cpu" for t in self.tensors)
         count = min(count, sum(self.numels) // COMPILED + 1) if worthwhile else 1
         return [self._blocks(first, count) for first in range(count)]
 
