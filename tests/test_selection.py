@@ -387,3 +387,14 @@ def test_ties_are_shared_out_exactly_beyond_31_bits():
     for ties in (2, 2**31 + 1, 2**31 + 12):
         assert window.shares(np.array([ties]), tied).sum() == ties
     assert window.shares(np.array([2**31 + 12]), tied)[:, 0].tolist() == [3, 2**31 + 7, 2]
+
+
+def test_only_weights_on_the_cpu_are_read_by_several_threads(monkeypatch):
+    """Another thread would read a device on another stream."""
+    from wcr_fast.torch_path import blocks
+
+    monkeypatch.setattr(blocks, "compiled", lambda: True)
+    for device, count in (("cpu", 3), ("meta", 1)):
+        source = MemorySource([torch.empty(2 * blocks.COMPILED + 1, device=device)])
+        assert len(source.streams(8, blocks.MANY_WINDOWS)) == count
+        assert len(source.streams(8, 1)) == 1

@@ -272,6 +272,17 @@ def test_a_step_that_breaks_off(monkeypatch):
         assert tracked.threshold().item() == wanted(params[:4], 0.5)
 
 
+def test_weights_that_count_no_versions(backend, device):
+    with torch.inference_mode():
+        weight = torch.nn.Parameter(torch.randn(9, 8, device=device))
+    optimizer = SGD([weight], lr=1e-2)
+    tracked = optimizer.track_threshold([weight], 0.5)
+    with torch.inference_mode():
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert tracked.threshold().item() == wanted([weight], 0.5)
+
+
 def test_weights_with_gaps(backend, device):
     torch.manual_seed(0)
     whole = torch.randn(40, 60, device=device)
@@ -398,7 +409,7 @@ def test_the_number_of_sparsities_is_the_kernels():
 def test_bad_arguments():
     params = parameters("cpu")
     optimizer = SGD(params, lr=0.1)
-    with pytest.raises(ValueError, match=r"SGD\.track_threshold: a step counts for 1 to 5 sparsities, got 6"):
+    with pytest.raises(ValueError, match=r"SGD\.track_threshold: sparsity must be 1 to 5 numbers, got 6"):
         optimizer.track_threshold(params[:4], [0.1] * 6)
     with pytest.raises(ValueError, match="there are no weights"):
         optimizer.track_threshold([], 0.5)

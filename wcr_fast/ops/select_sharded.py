@@ -6,13 +6,14 @@ list are taken for replicas, equal in all processes. Cuts and counts are those o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from wcr_fast.ops.paths import plain_path, takes_triton
+from wcr_fast.ops.ranks import all_or_none
 from wcr_fast.ops.shards import Layout
 from wcr_fast.torch_path import select as torch_select
 from wcr_fast.torch_path.blocks import MemorySource
@@ -29,10 +30,10 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     shards, numels = layout.owned_shards(), [t.numel() for t in tensors]
     pools = [(shards, sum(numels))] if len(num_keep) == 1 else [([s], n) for s, n in zip(shards, numels, strict=True)]
     counters = COUNTERS // len(pools)
-    source = _source(layout)
+    sources = _sources(layout, [pool for pool, _ in pools], tensors)
     searches = [
-        shared_search(source(pool), keep, total, counters=counters)
-        for (pool, total), keep in zip(pools, num_keep, strict=True)
+        shared_search(source, keep, total, counters=counters)
+        for source, (_, total), keep in zip(sources, pools, num_keep, strict=True)
     ]
     found = together(searches, layout.ranks.sum)
     if len(pools) > 1:
@@ -46,8 +47,13 @@ def find_cuts(tensors: Sequence[Tensor], num_keep: Sequence[Sequence[int]]) -> C
     )
 
 
-def _source(layout: Layout) -> Callable[[Sequence[Tensor]], KeySource | KeyCounter]:
-    """Return what makes a source of shards: Triton's where all processes can take it, as their searches go in step."""
+def _sources(
+    layout: Layout, pools: Sequence[Sequence[Tensor]], tensors: Sequence[Tensor]
+) -> list[KeySource | KeyCounter]:
+    """Return a source for each pool of shards: Triton's where all processes can take it, as their searches go in step.
+
+    Making Triton's takes memory: where one process lacks it, all of them raise.
+    """
     host, error = True, None
     try:
         host = not takes_triton(layout.shards)
@@ -59,10 +65,11 @@ def _source(layout: Layout) -> Callable[[Sequence[Tensor]], KeySource | KeyCount
     if failed:
         raise RuntimeError("sharded weights: another process can't run the backend that was asked for; it says why")
     if host:
-        return MemorySource
+        return [MemorySource(pool) for pool in pools]
     from wcr_fast.triton_path.source import DeviceSource
 
-    return DeviceSource
+    with all_or_none(tensors, "sharded weights"):
+        return [DeviceSource(pool) for pool in pools]
 
 
 def _stacked(found: Sequence[Found], name: str) -> Tensor:
@@ -72,7 +79,8 @@ def _stacked(found: Sequence[Found], name: str) -> Tensor:
 def survey(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the zeros of every tensor (int64 [L]) and whether it holds NaN (bool [L])."""
     layout = Layout.of(tensors, "survey")
-    search = shared_search(_source(layout)(layout.owned_shards()), [], sum(t.numel() for t in tensors))
+    (source,) = _sources(layout, [layout.owned_shards()], tensors)
+    search = shared_search(source, [], sum(t.numel() for t in tensors))
     (found,) = together([search], layout.ranks.sum)
     return torch.from_numpy(found.zeros), torch.from_numpy(found.bad)
 

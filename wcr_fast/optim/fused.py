@@ -184,8 +184,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         sparsities, several = check_sparsities(sparsity, op)
         if not 1 <= len(sparsities) <= MAX_TRACKED:
             raise ValueError(
-                f"{op}: a step counts for 1 to {MAX_TRACKED} sparsities, got {len(sparsities)}: "
-                "track the most important ones, magnitude_threshold takes any number"
+                f"{op}: sparsity must be 1 to {MAX_TRACKED} numbers, got {len(sparsities)}; "
+                "magnitude_threshold takes any number of them"
             )
         chosen = as_weights(weights, op=op, sharded=True)
         if not chosen:

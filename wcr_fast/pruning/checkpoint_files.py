@@ -64,6 +64,8 @@ def find_files(source: Path) -> CheckpointFiles:
     else:
         names = sorted(name for name in top if name.endswith(WEIGHTS))
         names = ["model.safetensors"] if "model.safetensors" in names else names
+    if not names and ".metadata" in top:
+        raise UsageError(f"{source}: a folder of torch.distributed.checkpoint; this takes safetensors only")
     if not names and any(name.endswith(".metadata") for name in top):
         raise UsageError(f"{source}: each process wrote its own metadata; save the checkpoint with one for all")
     if not names:

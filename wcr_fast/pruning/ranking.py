@@ -60,7 +60,9 @@ class Ranking:
         low, high = _counts(weights, floor, 0.0, "floor", op), _counts(weights, cap, 1.0, "cap", op)
         for weight, a, b in zip(weights, low, high, strict=True):
             if a > b:
-                raise ValueError(f"{op}: {weight.label()} must keep {a:,} weights (floor) and may keep {b:,} (cap)")
+                raise ValueError(
+                    f"{op}: {weight.label()} must keep {a:,} weights (floor) and may keep {b:,} (cap): lower floor or raise cap"
+                )
         scored = None if score in (MAGNITUDE, LAMP) else _scored(weights, tensors, score, aux, op)
         if scored is None and aux is not None:
             raise ValueError(f"{op}: score {score!r} takes no aux")

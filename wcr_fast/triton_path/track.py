@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wcr_fast.kernels.track import first_width, launch_rearm
-from wcr_fast.table import on_device
+from wcr_fast.table import keep_for_graph, on_device
 from wcr_fast.torch_path.cuts import Cuts
 from wcr_fast.triton_path.cuts import Search, in_any_order
 
@@ -46,6 +46,7 @@ class Tracker:
         ``bad`` then is of the list as a whole, bool [1].
         """
         state, hist, bad = self.counters
+        keep_for_graph(self._device, self)
         with on_device(self._device):
             search = self._search(tensors)
             if counted:
