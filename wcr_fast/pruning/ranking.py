@@ -61,7 +61,8 @@ class Ranking:
         for weight, a, b in zip(weights, low, high, strict=True):
             if a > b:
                 raise ValueError(
-                    f"{op}: {weight.label()} must keep {a:,} weights (floor) and may keep {b:,} (cap): lower floor or raise cap"
+                    f"{op}: {weight.label()} must keep {a:,} weights (floor) and may keep {b:,} (cap): "
+                    "lower floor or raise cap"
                 )
         scored = None if score in (MAGNITUDE, LAMP) else _scored(weights, tensors, score, aux, op)
         if scored is None and aux is not None:
