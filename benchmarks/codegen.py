@@ -63,10 +63,11 @@ class Excess:
 TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 EXCESSES = (
     Excess("_nm_kernel", "float64 8:16", "keys of 64 bits are compared by several instructions"),
+    Excess("_fine_kernel", "float16 as float64", "keys of 64 bits are compared by several instructions"),
     Excess("_fine_kernel", r"b?float16 as .*64-bit counts", "lists beyond 2^31 weights"),
     Excess("_fine_kernel", "wanda", "an integer division finds every weight's column"),
     Excess("_mask_kernel", "wanda", "an integer division finds every weight's column"),
-    Excess("_fine_kernel", "bfloat16 normalised", "two bytes leave time for the magnitude's arithmetic only"),
+    Excess("_fine_kernel", "b?float16 normalised", "two bytes leave time for the magnitude's arithmetic only"),
     Excess("_rows_kernel", "float16", "its histogram consists of ballots", before=(3, 8)),
 )
 

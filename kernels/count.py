@@ -316,7 +316,7 @@ def _fine_constants(
 ) -> dict:
     constants = {"DTYPE": TRITON_DTYPES[dtype], "INF": INF_KEYS[key_dtype]}
     constants |= {"KEY_BITS": 8 * key_dtype.itemsize, **score.constants(), "PER_LAYER": per_layer, "FIRST": first}
-    return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": _fine_config(dtype, score).block}
+    return constants | {"INLINE": how.inline, "WIDE": wide, "BLOCK": _fine_config(dtype, key_dtype, score).block}
 
 
 def _codes_constants(dtype: torch.dtype, per_layer: bool, first: bool, how: Counting) -> dict:
@@ -324,8 +324,10 @@ def _codes_constants(dtype: torch.dtype, per_layer: bool, first: bool, how: Coun
     return constants | {"HISTOGRAM": how.histogram, "INLINE": how.inline, "BLOCK": config("codes", dtype).block}
 
 
-def _fine_config(dtype: torch.dtype, score: KeyFormula) -> LaunchConfig:
-    return config("fine" if score.formula is None else "fine scores", dtype)
+def _fine_config(dtype: torch.dtype, key_dtype: torch.dtype, score: KeyFormula) -> LaunchConfig:
+    if score.formula is None and dtype.itemsize == 2 and key_dtype.itemsize == 8:
+        return config("fine among float64", dtype)
+    return score.settings("fine", dtype)
 
 
 def launch_fine(
@@ -346,7 +348,7 @@ def launch_fine(
     wide = hist.dtype == torch.int64
     args = rows, block_to_tensor, state, hist, bad, num_queries, hist.shape[1]
     constants = _fine_constants(dtype, key_dtype, per_layer, first, wide, counting(), score)
-    launch(_fine_kernel, block_to_tensor.numel(), args, constants, _fine_config(dtype, score).options())
+    launch(_fine_kernel, block_to_tensor.numel(), args, constants, _fine_config(dtype, key_dtype, score).options())
 
 
 def codes_dtype() -> torch.dtype:
@@ -411,21 +413,26 @@ def variants() -> list[Variant]:
 def _score_variants() -> list[Variant]:
     signature = {**_TABLES, **_STATE, "hist_ptr": "*i32", "bad_ptr": "*u8", "num_queries": "i32", "max_bins": "i32"}
     listed = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in TRITON_DTYPES:
         for label, formula, numbers in score_forms(dtype):
-            listed.append(
-                Variant(
-                    _fine_kernel,
-                    f"{dtype} {label}".replace("torch.", ""),
-                    signature,
-                    _fine_constants(dtype, torch.float32, False, True, False, counting("cuda"), formula),
-                    _fine_config(dtype, formula).warps,
-                    streams=1 + numbers,
-                    bytes_per_element=(1 + numbers) * dtype.itemsize,
-                    options=_fine_config(dtype, formula).options(),
-                    backend="cuda",
+            key_dtype = formula.key_dtype(dtype)
+            settings = _fine_config(dtype, key_dtype, formula)
+            for first, per_layer in ((True, False), (False, True)):
+                passes = "" if first else ", later pass, per layer"
+                listed.append(
+                    Variant(
+                        _fine_kernel,
+                        f"{dtype} {label}{passes}".replace("torch.", ""),
+                        signature,
+                        _fine_constants(dtype, key_dtype, per_layer, first, False, counting("cuda"), formula),
+                        settings.warps,
+                        streams=1 + numbers,
+                        essential=first and dtype in (torch.float32, torch.bfloat16),
+                        bytes_per_element=(1 + numbers) * dtype.itemsize,
+                        options=settings.options(),
+                        backend="cuda",
+                    )
                 )
-            )
     return listed
 
 
@@ -438,13 +445,14 @@ _STATE = {"state_ptr": "*i64"}
 def _fine_variants() -> list[Variant]:
     signature = {**_TABLES, **_STATE, "bad_ptr": "*u8", "num_queries": "i32", "max_bins": "i32"}
     mixed = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)]
+    mixed += [(torch.bfloat16, torch.float64)]
     listed = []
     for backend in ("cuda", "hip"):
         for dtype, key_dtype in [*((d, d) for d in TRITON_DTYPES), *mixed]:
             per_layer = key_dtype.itemsize == 2  # only the host's searches count keys of 16 bits so, tensor by tensor
             for first, wide in ((True, False), (False, False), (True, True)):
                 label = f"{dtype} as {key_dtype}, {'first' if first else 'later'} pass{', 64-bit counts' * wide}"
-                settings = config("fine", dtype)
+                settings = _fine_config(dtype, key_dtype, MAGNITUDE)
                 listed.append(
                     Variant(
                         _fine_kernel,

@@ -306,8 +306,9 @@ def _mask_kernel(
         tl.store(ties_ptr + tl.load(row_ptr + _COL_ORDER) + chunk, 0)
 
 
-def _mask_config(key_dtype: torch.dtype, to_mask: bool) -> LaunchConfig:
-    return config("mask" if to_mask else "mask in place", key_dtype)  # keys take the registers
+def _mask_config(key_dtype: torch.dtype, to_mask: bool, score: KeyFormula = MAGNITUDE) -> LaunchConfig:
+    # Keys take the registers.
+    return score.settings("mask", key_dtype) if to_mask else config("mask in place", key_dtype)
 
 
 def _mask_constants(
@@ -373,7 +374,7 @@ def launch_mask(
     outs = rows if out_addrs is None else out_addrs
     args = rows, block_to_tensor, outs, key, quota, ties_before, ties, counts, any_bad
     to_mask = out_addrs is not None
-    settings = _mask_config(key_dtype, to_mask)
+    settings = _mask_config(key_dtype, to_mask, score)
     constants = _mask_constants(dtype, key_dtype, per_layer, settings, score)
     constants |= {"TO_MASK": to_mask, "PASS": what}
     launch(_mask_kernel, block_to_tensor.numel(), args, constants, settings.options())
@@ -408,21 +409,23 @@ def variants() -> list[Variant]:
                         options=settings.options(),
                     )
                 )
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in TRITON_DTYPES:
         for label, formula, numbers in score_forms(dtype):
-            settings = _mask_config(torch.float32, False)
-            constants = _mask_constants(dtype, torch.float32, False, settings, formula)
-            listed.append(
-                Variant(
-                    _mask_kernel,
-                    f"{dtype} {label}".replace("torch.", ""),
-                    mask,
-                    {**constants, "TO_MASK": False, "PASS": COUNT},
-                    settings.warps,
-                    streams=1 + numbers,
-                    essential=dtype == torch.float32,
-                    bytes_per_element=(2 + numbers) * dtype.itemsize,
-                    options=settings.options(),
+            key_dtype = formula.key_dtype(dtype)
+            for to_mask in (False, True):
+                settings = _mask_config(key_dtype, to_mask, formula)
+                constants = _mask_constants(dtype, key_dtype, False, settings, formula)
+                listed.append(
+                    Variant(
+                        _mask_kernel,
+                        f"{dtype} {label}{', mask' * to_mask}".replace("torch.", ""),
+                        mask,
+                        {**constants, "TO_MASK": to_mask, "PASS": COUNT},
+                        settings.warps,
+                        streams=1 + numbers,
+                        essential=dtype == torch.float32 and not to_mask,
+                        bytes_per_element=(1 + numbers) * dtype.itemsize + (1 if to_mask else dtype.itemsize),
+                        options=settings.options(),
+                    )
                 )
-            )
     return listed

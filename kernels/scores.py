@@ -80,8 +80,8 @@ def line_forms() -> list[tuple[str, torch.dtype, KeyFormula, float, int]]:
     Numbers per column are loaded like those per element, but come from the cache: they move no bytes.
     """
     return [
-        (label, dtype, formula, 1 + formula.dtype.itemsize / dtype.itemsize, (2 + numbers) * dtype.itemsize)
-        for dtype in (torch.float32, torch.bfloat16)
+        (label, dtype, formula, 1 + beside / dtype.itemsize, (2 + numbers) * dtype.itemsize)
+        for dtype in TRITON_DTYPES
         for label, formula, numbers in score_forms(dtype)
-        if formula.kind != LAYER
+        for beside in [0 if formula.kind == LAYER else formula.dtype.itemsize]
     ]

@@ -312,6 +312,8 @@ def test_hints(tmp_path, capsys):
     write_dcp(tmp_path / "in", tensors(), {})
     assert cli.main(["prune", str(tmp_path / "in" / "__0_0.distcp"), str(tmp_path / "out"), "--sparsity", ".5"]) == 2
     assert "give the folder" in capsys.readouterr().err
+    assert cli.main(["prune", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "--sparsity is missing" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert "this takes safetensors only" in capsys.readouterr().err
     (tmp_path / "in" / ".metadata").rename(tmp_path / "in" / "__0.metadata")

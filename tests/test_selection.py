@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,6 +253,17 @@ def test_streams_do_not_matter(capacity, monkeypatch):
         assert np.array_equal(a, b)
 
 
+def test_threads_share_the_limit_of_what_is_collected():
+    """However many they are, they collect no more than one would."""
+    keys = torch.linspace(1, 2, 100).view(torch.int32)
+    crowded = window.Window(int(keys[0]), int(keys[-1]) + 1, (0,), limit=150)
+    blocks = [KeyBlock(np.array([i]), [0], keys.numpy()) for i in range(8)]
+    source = SimpleNamespace(dtype=torch.float32, numels=[100] * 8, streams=lambda *_: [[block] for block in blocks])
+    tally = window.count_windows(source, [crowded], first=True)
+    assert tally.inside.tolist() == [[100] * 8]
+    assert sum(map(len, tally.keys[0])) == 100
+
+
 def test_usual_weights_take_one_sweep(monkeypatch):
     """The window of random weights of very different scales holds the cut."""
     weights = [torch.randn(400, 500) * scale for scale in (1.0, 0.1, 0.01)]
@@ -317,7 +329,7 @@ def test_wrong_arguments():
     for scope in ("tensor", "2:0", "3:2", "0:4", "-1:4", 3):
         with pytest.raises(ValueError, match="scope"):
             magnitude_masks(ones, None, scope=scope)
-    with pytest.raises(ValueError, match="sparsity must be None"):
+    with pytest.raises(ValueError, match="leave sparsity out"):
         magnitude_masks(ones, 0.5, scope="2:4")
     with pytest.raises(ValueError, match='"global" or "layer"'):
         magnitude_threshold(ones, 0.5, scope="row")

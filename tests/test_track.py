@@ -314,7 +314,7 @@ def test_nan_and_what_comes_after_it(backend, device):
     params[3].grad[5, 7] = torch.nan
     optimizer.step()
     if backend == "torch" and device.type == "cpu":
-        with pytest.raises(ValueError, match=r"weights\[3\] holds NaN"):
+        with pytest.raises(ValueError, match=r"TrackedThreshold.threshold: weights\[3\] holds NaN"):
             tracked.threshold()
     else:
         assert tracked.threshold().isnan()

@@ -101,17 +101,19 @@ def run(args: argparse.Namespace) -> int:
         for build in (native.build, scan.build):
             with contextlib.suppress(OSError, RuntimeError):  # nothing depends on it; its state says why
                 build()
-    rows = list(examine(args.size))
     if args.json:
+        rows = list(examine(args.size))
         compiled = {"steps": native.state(), "selection": scan.state()}
         found = {"schema": "wcr-fast/doctor/3", "native": compiled, "rows": [asdict(row) for row in rows]}
         print(json.dumps(found, indent=2))
     else:
         print(f"{'device':8} {'backend':8} {'dtype':9} {'op':34} {'error':>9} {'weights':>11} {'GB/s':>8}")
-        for row in rows:
+        rows = []
+        for row in examine(args.size):
             where = f"{row.device:8} {row.backend:8} {row.dtype:9} {row.op:34}"
             figures = f"{row.error:9.1e} {row.weights:11,} {row.gb_per_s:8.1f}"
-            print(f"{where} {figures}{'' if row.ok else '  WRONG'}")
+            print(f"{where} {figures}{'' if row.ok else '  WRONG'}", flush=True)  # the interpreter takes minutes
+            rows.append(row)
         print("GB/s: the bytes that the op must move at least, over its time")
         print(f"compiled for steps: {native.state()}; for selection: {scan.state()}")
         bad = sum(not row.ok for row in rows)

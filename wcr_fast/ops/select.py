@@ -70,7 +70,7 @@ def check_scope(scope: str, sparsity: float | None, op: str) -> tuple[int, int] 
     if not 0 < n <= m:
         raise ValueError(f'{op}: scope "n:m" keeps n of every m weights, 0 < n <= m, got {scope!r}')
     if sparsity is not None:
-        raise ValueError(f"{op}: scope {scope!r} already says how much stays; sparsity must be None")
+        raise ValueError(f"{op}: scope {scope!r} already says how much stays: leave sparsity out (None)")
     return n, m
 
 
@@ -96,7 +96,9 @@ def _raise_on_cpu(bad: Tensor, op: str) -> None:
         raise_on_nan(bad, [f"weights[{i}]" for i in range(len(bad))], op)
 
 
-def threshold(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: str) -> Tensor:
+def threshold(
+    tensors: Sequence[Tensor], sparsities: Sequence[float], scope: str, op: str = "magnitude_threshold"
+) -> Tensor:
     """Return the smallest magnitudes kept, [Q] or [Q, L]; see :func:`wcr_fast.magnitude_threshold`."""
     dtype = threshold_dtype(t.dtype for t in tensors)
     if not tensors or not sparsities:
@@ -104,7 +106,7 @@ def threshold(tensors: Sequence[Tensor], sparsities: Sequence[float], scope: str
         return torch.full(shape, torch.inf, dtype=dtype, device=tensors[0].device if tensors else None)
     tensors = [t.detach() for t in tensors]
     cuts = path_for(tensors).find_cuts(tensors, keep_counts(tensors, sparsities, scope))
-    _raise_on_cpu(cuts.bad, "magnitude_threshold")
+    _raise_on_cpu(cuts.bad, op)
     values = values_of(cuts.key, cuts.dtype).to(local(tensors[0]).device, dtype)  # [S, Q]
     if scope == "global":
         return values[0].masked_fill(cuts.bad.any(), torch.nan)

@@ -46,10 +46,17 @@ class TrackedThreshold:
 
         After a step on a GPU it costs no pass over the weights, unless they were written since then or the threshold
         has moved far since it was last asked for. Nothing waits for the device.
+
+        Writes are known by the weights' version counters. A replayed graph, ``.data`` and numpy raise none: after
+        those call ``optimizer.weights_changed()`` first. Call it where the steps are made: in their thread, and on
+        their stream or one that has waited for it.
+
+        Raises:
+            ValueError: on the CPU for NaN; on CUDA the threshold then is NaN.
         """
         tensors = [p.detach() for p in self._params]
         if self._tracker is None or self._kind != self._kind_now() or not use_triton(tensors):
-            found = select.threshold(tensors, self._sparsities, "global")
+            found = select.threshold(tensors, self._sparsities, "global", "TrackedThreshold.threshold")
         else:
             cuts = self._tracker.cuts(tensors, counted=self._counted == self._now())
             found = values_of(cuts.key[0], cuts.dtype).to(threshold_dtype(t.dtype for t in tensors))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from wcr_fast.errors import UsageError
+from wcr_fast.ops.select import SCOPES
 from wcr_fast.pruning.checkpoint import prune_checkpoint
 from wcr_fast.pruning.checkpoint_record import compare
 
@@ -94,6 +95,8 @@ def _group() -> Iterator[ProcessGroup | None]:
 
 
 def _prune(args: argparse.Namespace, group: ProcessGroup | None, first: bool) -> int:
+    if args.sparsity is None and args.scope in SCOPES:
+        raise UsageError("prune: --sparsity is missing: the share of the weights to remove (or an n:m --scope: 2:4)")
     begin = time.perf_counter()
     with ProgressLine(sys.stderr) if first else contextlib.nullcontext() as line:
         found = prune_checkpoint(

@@ -21,7 +21,7 @@ from wcr_fast.torch_path.cuts import INF_KEYS
 from wcr_fast.torch_path.scan import KeyBlock, Scanner
 
 SAMPLE_MIN, SAMPLE_MAX = 1 << 16, 1 << 19
-# At most this many keys are collected, whatever the model: what doesn't fit is counted in bins instead.
+# At most this many keys are collected, whatever the model and the threads: what doesn't fit is counted in bins instead.
 COLLECT_MAX = 1 << 23
 # The window reaches this many standard deviations of the sample's count to both sides of the wanted rank.
 MARGIN = 4.0
@@ -147,22 +147,22 @@ class Tally:
         self.owners: list[list[tuple[Sequence[int], np.ndarray]]] = [[] for _ in windows]
         self.bins = [None if w.limit else np.zeros((tensors, w.bins), np.int64) for w in windows]
 
-    def read(self, blocks: Iterable[KeyBlock], first: bool) -> Tally:
+    def read(self, blocks: Iterable[KeyBlock], first: bool, seen: np.ndarray) -> Tally:
+        """Count blocks; ``seen``: the keys in each window so far, of all threads, which share the windows' limits."""
         # Single keys need no more than a count.
         wanted = [window.limit > 0 or window.bins > 1 for window in self.windows]
         bounds = [w.lo for w in self.windows], [w.hi for w in self.windows]
         scanner = Scanner(*bounds, wanted, self.top, ends=first)
-        inside = np.zeros(len(self.windows), np.int64)
         for block in blocks:
             scan, tensors = scanner.scan(block), block.tensors
             self.zeros[tensors] += scan.zeros
             self.bad[tensors] |= scan.bad
             self.above[:, tensors] += scan.above
             self.inside[:, tensors] += scan.inside
-            inside += scan.inside.sum(axis=1)
+            seen += scan.inside.sum(axis=1)
             for i, window in enumerate(self.windows):
                 if window.limit:
-                    if scan.found[i].size and inside[i] <= window.limit:
+                    if scan.found[i].size and seen[i] <= window.limit:
                         self.keys[i].append(scan.found[i].copy())
                         self.owners[i].append((tensors, scan.inside[i]))
                 elif wanted[i]:
@@ -199,13 +199,13 @@ def count_windows(source: KeySource | KeyCounter, windows: Sequence[Window], *, 
         scanning.request()
     workers = torch.get_num_threads() if large else 1
     streams = source.streams(workers, len(windows))
-    tallies = [Tally(windows, tensors, top) for _ in streams]
+    tallies, seen = [Tally(windows, tensors, top) for _ in streams], np.zeros(len(windows), np.int64)
     if len(streams) > 1:
         with ThreadPoolExecutor(len(streams)) as pool:
-            list(pool.map(Tally.read, tallies, streams, [first] * len(streams)))
+            list(pool.map(Tally.read, tallies, streams, [first] * len(streams), [seen] * len(streams)))
     else:
         for tally, stream in zip(tallies, streams, strict=True):
-            tally.read(stream, first)
+            tally.read(stream, first, seen)
     tally = tallies[0]
     for other in tallies[1:]:
         tally.merge(other)
