@@ -90,7 +90,8 @@ _CONFIGS = {
     ("mask", 2): LaunchConfig(4096, 8, 1024),
     ("mask", 4): LaunchConfig(4096, 8, 1024),
     ("mask", 8): LaunchConfig(2048, 8, 1024),
-    # It computes more with scores, and counts more in place. Left alone, the compiler spills some registers to stay at 80; two programs fit in these.
+    # It computes more with scores, and counts more in place. Left alone, the compiler spills some registers to stay at
+    # 80; two programs fit in these.
     ("mask scores", 4): LaunchConfig(4096, 8, 1024, registers=112),
     ("mask scores", 8): LaunchConfig(2048, 8, 1024, registers=112),
     ("mask in place", 2): LaunchConfig(4096, 8, 1024, registers=112),
