@@ -67,7 +67,7 @@ EXCESSES = (
     Excess("_fine_kernel", r"b?float16 as .*64-bit counts", "lists beyond 2^31 weights"),
     Excess("_fine_kernel", "wanda", "an integer division finds every weight's column"),
     Excess("_mask_kernel", "wanda", "an integer division finds every weight's column"),
-    Excess("_fine_kernel", "b?float16 normalised", "two bytes leave time for the magnitude's arithmetic only"),
+    Excess("_fine_kernel", "bfloat16 normalised", "two bytes leave time for the magnitude's arithmetic only"),
     Excess("_rows_kernel", "float16", "its histogram consists of ballots", before=(3, 8)),
 )
 

@@ -27,7 +27,7 @@ from ._tile import (
     locate,
 )
 from .launch import CHUNK, INF_KEYS, OPTIONS, TRITON_DTYPES, LaunchConfig, Variant, config, launch
-from .scores import MAGNITUDE, KeyFormula, score_forms
+from .scores import MAGNITUDE, SCORED, KeyFormula, score_forms
 from .window import (
     ROW_AUX,
     ROW_ORDER,
@@ -413,7 +413,7 @@ def variants() -> list[Variant]:
 def _score_variants() -> list[Variant]:
     signature = {**_TABLES, **_STATE, "hist_ptr": "*i32", "bad_ptr": "*u8", "num_queries": "i32", "max_bins": "i32"}
     listed = []
-    for dtype in TRITON_DTYPES:
+    for dtype in SCORED:
         for label, formula, numbers in score_forms(dtype):
             key_dtype = formula.key_dtype(dtype)
             settings = _fine_config(dtype, key_dtype, formula)
@@ -427,7 +427,7 @@ def _score_variants() -> list[Variant]:
                         _fine_constants(dtype, key_dtype, per_layer, first, False, counting("cuda"), formula),
                         settings.warps,
                         streams=1 + numbers,
-                        essential=first and dtype in (torch.float32, torch.bfloat16),
+                        essential=first and dtype != torch.float64,
                         bytes_per_element=(1 + numbers) * dtype.itemsize,
                         options=settings.options(),
                         backend="cuda",

@@ -30,7 +30,7 @@ from ._tile import (
     write_kept,
 )
 from .launch import CHUNK, TRITON_DTYPES, LaunchConfig, Variant, config, launch
-from .scores import MAGNITUDE, KeyFormula, score_forms
+from .scores import MAGNITUDE, SCORED, KeyFormula, score_forms
 
 _CHUNK = tl.constexpr(CHUNK)
 _ELEMENTS = tl.constexpr(ELEMENTS)
@@ -409,7 +409,7 @@ def variants() -> list[Variant]:
                         options=settings.options(),
                     )
                 )
-    for dtype in TRITON_DTYPES:
+    for dtype in SCORED:
         for label, formula, numbers in score_forms(dtype):
             key_dtype = formula.key_dtype(dtype)
             for to_mask in (False, True):
