@@ -15,8 +15,8 @@ from wcr_fast.torch_path.scan import KeyBlock, compiled
 
 # 512 KB of float32 keys and their two flags per key stay in a core's L2.
 BLOCK = 1 << 17
-# Compiled code needs no copy of what it reads: only its calls cost.
-COMPILED = 1 << 20
+# Compiled code needs no copy of what it reads: only its calls cost. With many windows, what it finds takes memory.
+COMPILED, COMPILED_MANY = 1 << 20, 1 << 18
 MANY_WINDOWS = 4
 # torch runs an op on fewer elements than this on the calling thread. Its own pool waits in busy loops, which
 # costs far more than it brings as soon as another process wants the core.
@@ -121,39 +121,41 @@ class MemorySource:
         interpreter's lock, and lose much more when another process wants a core. Compiled code waits for memory where
         there are few windows: two threads then take 1.1 times as long as one, with ten 0.8 times (2 cores).
         """
+        many = windows >= MANY_WINDOWS
         # Another device is read on the stream of the thread that asked.
-        worthwhile = compiled() and windows >= MANY_WINDOWS and all(t.device.type == "cpu" for t in self.tensors)
+        worthwhile = compiled() and many and all(t.device.type == "cpu" for t in self.tensors)
         count = min(count, sum(self.numels) // COMPILED + 1) if worthwhile else 1
-        return [self._blocks(first, count) for first in range(count)]
+        size = (COMPILED_MANY if many else COMPILED) if compiled() else BLOCK
+        return [self._blocks(size, first, count) for first in range(count)]
 
-    def _groups(self) -> Iterator[list[Piece]]:
+    def _groups(self, size: int) -> Iterator[list[Piece]]:
         """Cut the list into groups of pieces of one block together; small tensors share a block."""
         group: list[Piece] = []
         room = BLOCK
         for i, tensor in enumerate(self.tensors):
-            for piece in self._pieces(tensor):
-                size = piece.size if isinstance(piece, np.ndarray) else piece.numel()
-                if group and size > room:
+            for piece in self._pieces(tensor, size):
+                length = piece.size if isinstance(piece, np.ndarray) else piece.numel()
+                if group and length > room:
                     yield group
                     group, room = [], BLOCK
                 group.append((i, piece))
-                room -= size
+                room -= length
         if group:
             yield group
 
-    def _pieces(self, tensor: Tensor) -> Iterator[np.ndarray | Tensor]:
+    def _pieces(self, tensor: Tensor, size: int) -> Iterator[np.ndarray | Tensor]:
         if not _plain(tensor, self.dtype):
             # In memory order where the tensor is dense: copies of strided pieces are slow.
             limit = SERIAL if tensor.device.type == "cpu" else BLOCK
             yield from pieces(flat_view(tensor) if is_dense(tensor) else tensor, limit)
             return
-        flat, size = _patterns(flat_view(tensor)), COMPILED if compiled() else BLOCK
+        flat = _patterns(flat_view(tensor))
         for start in range(0, flat.size, size):
             yield flat[start : start + size]
 
-    def _blocks(self, first: int = 0, step: int = 1) -> Iterator[KeyBlock]:
+    def _blocks(self, size: int, first: int, step: int) -> Iterator[KeyBlock]:
         buffer = np.empty(min(BLOCK, sum(self.numels)), self._keys)
-        for group in itertools.islice(self._groups(), first, None, step):
+        for group in itertools.islice(self._groups(size), first, None, step):
             if len(group) == 1 and isinstance(group[0][1], np.ndarray):
                 yield KeyBlock([group[0][0]], [0], group[0][1], signed=True)
                 continue
@@ -162,11 +164,11 @@ class MemorySource:
                 if not tensors or tensors[-1] != i:  # neighbouring pieces of one tensor are one segment
                     tensors.append(i)
                     starts.append(end)
-                size = piece.size if isinstance(piece, np.ndarray) else piece.numel()
-                out = buffer[end : end + size]
+                length = piece.size if isinstance(piece, np.ndarray) else piece.numel()
+                out = buffer[end : end + length]
                 if isinstance(piece, np.ndarray):
                     np.bitwise_and(piece, self._mask, out=out)
                 else:
                     out[...] = keys_of(piece.reshape(-1), self.dtype).cpu().numpy()
-                end += size
+                end += length
             yield KeyBlock(tensors, starts, buffer[:end])
