@@ -147,7 +147,7 @@ def examine(size: int | None = None) -> Iterator[Row]:
     """Yield one row per dtype, device, backend and op.
 
     Example:
-        >>> all(row.ok for row in examine(size=2000))
+        >>> next(examine(size=64)).ok
         True
     """
     for dtype in DTYPES:
