@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import needs_triton
 
 from wcr_fast import cli, doctor
 from wcr_fast.torch_path import moments
@@ -46,6 +47,14 @@ def test_the_smallest_size(monkeypatch):
     monkeypatch.setattr(doctor, "interpreting", lambda: False)
     monkeypatch.setattr(doctor, "DTYPES", (torch.float32,))
     assert all(row.ok for row in doctor.examine(64))
+
+
+@needs_triton
+def test_kernels_are_right(monkeypatch):
+    monkeypatch.setattr(doctor, "DTYPES", (torch.bfloat16,))
+    rows = [row for row in doctor.examine(64) if row.backend == "triton"]
+    assert {row.op for row in rows} >= {"layer_moments", "magnitude_masks 2:4", "AdamW step + WCR"}
+    assert all(row.ok for row in rows)
 
 
 def test_what_is_checked_stays_small(monkeypatch):
