@@ -15,7 +15,8 @@ from wcr_fast.torch_path.scan import KeyBlock, compiled
 
 # 512 KB of float32 keys and their two flags per key stay in a core's L2.
 BLOCK = 1 << 17
-# Compiled code needs no copy of what it reads: only its calls cost. With many windows, what it finds takes memory.
+# Compiled code needs no copy of what it reads: only its calls cost. What it finds is written to a row per window, each
+# in huge pages of its own: with many windows, smaller blocks take less of them.
 COMPILED, COMPILED_MANY = 1 << 20, 1 << 18
 MANY_WINDOWS = 4
 # torch runs an op on fewer elements than this on the calling thread. Its own pool waits in busy loops, which
