@@ -35,7 +35,7 @@ from ._tile import (
 )
 from .launch import CHUNK, TRITON_DTYPES, Variant, config, float_pair, launch
 
-FAMILIES = ("wcr", "l1", "hoyer_square", "relative", "log")
+FAMILIES = ("wcr", "l1", "l2", "hoyer_square", "relative", "log")
 
 _CHUNK = tl.constexpr(CHUNK)
 # Partials merged at a time: the same for every dtype, so that the order of the sums is.
@@ -146,13 +146,15 @@ def _ratio(numerator, denominator):
 
 
 @triton.jit
-def _formula(m, v, n, total, eps, FAMILY: tl.constexpr):
+def formula(m, v, n, total, eps, FAMILY: tl.constexpr):
     """Return f(m, V, n, N) of one family and its derivatives by m and V, in the torch path's order of divisions."""
     if FAMILY == "wcr":
         f = 1.0 / (v + eps)
         by_mean, by_var = m * 0.0, -f * f
     elif FAMILY == "l1":
         f, by_mean, by_var = n * m, n, m * 0.0
+    elif FAMILY == "l2":
+        f, by_mean, by_var = 0.5 * n * (v + m * m), n * m, 0.5 * n
     elif FAMILY == "hoyer_square":
         q = m * m + v
         f = _ratio(n * m * m, q)
@@ -171,6 +173,26 @@ def _formula(m, v, n, total, eps, FAMILY: tl.constexpr):
 
 
 @triton.jit
+def layer_stats(row_ptr, partials_ptr, first_chunk, r, DTYPE: tl.constexpr, SMOOTH: tl.constexpr):
+    """Return numel, pivot, mean - pivot and V of a tensor whose chunks all programs are done with."""
+    numel = tl.load(row_ptr + ROW_LENGTH)
+    weight_ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE))
+    head, _ = magnitude(wide(tl.load(weight_ptr, cache_modifier=".cg")), r, SMOOTH)
+    p = head.to(tl.float64)
+    shift, v = merge_moments(partials_ptr, first_chunk, tl.cdiv(numel, _CHUNK), numel, p)
+    return numel, p, shift, v
+
+
+@triton.jit
+def put_stats(stats_ptr, column, num_layers, p, shift, v):
+    """Write a tensor's column of ``stats``."""
+    tl.store(stats_ptr + column, p + shift)
+    tl.store(stats_ptr + num_layers + column, v)
+    tl.store(stats_ptr + 2 * num_layers + column, p)
+    tl.store(stats_ptr + 3 * num_layers + column, shift)
+
+
+@triton.jit
 def finish_layer(
     row_ptr,
     partials_ptr,
@@ -186,19 +208,12 @@ def finish_layer(
     FAMILY: tl.constexpr,
 ):
     """Merge the chunks of a tensor that all programs are done with; write its column of ``stats`` and ``coef``."""
-    numel = tl.load(row_ptr + ROW_LENGTH)
-    weight_ptr = tl.load(row_ptr + ROW_ADDRESS).to(tl.pointer_type(DTYPE))
-    head, _ = magnitude(wide(tl.load(weight_ptr, cache_modifier=".cg")), r, SMOOTH)
-    p = head.to(tl.float64)
-    shift, v = merge_moments(partials_ptr, first_chunk, tl.cdiv(numel, _CHUNK), numel, p)
+    numel, p, shift, v = layer_stats(row_ptr, partials_ptr, first_chunk, r, DTYPE, SMOOTH)
     m = p + shift
     column = tl.load(row_ptr + ROW_POSITION)
-    tl.store(stats_ptr + column, m)
-    tl.store(stats_ptr + num_layers + column, v)
-    tl.store(stats_ptr + 2 * num_layers + column, p)
-    tl.store(stats_ptr + 3 * num_layers + column, shift)
+    put_stats(stats_ptr, column, num_layers, p, shift, v)
     if FAMILY is not None:
-        f, by_mean, by_var = _formula(m, v, numel.to(tl.float64), total, eps, FAMILY)
+        f, by_mean, by_var = formula(m, v, numel.to(tl.float64), total, eps, FAMILY)
         tl.store(coef_ptr + column, f)
         tl.store(coef_ptr + num_layers + column, by_mean)
         tl.store(coef_ptr + 2 * num_layers + column, by_var)

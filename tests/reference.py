@@ -24,6 +24,8 @@ def penalty_term(family, w, total, eps, r):
     n = w.numel()
     if family == "l1":
         return a.sum()
+    if family == "l2":
+        return (a * a).sum() / 2
     mean = a.sum() / n
     var = ((a - mean) ** 2).sum() / n
     if family == "wcr":

@@ -14,6 +14,7 @@ from wcr_fast.weights import choose
 MEMBERS = {
     "wcr": wcr_fast.WCR,
     "l1": wcr_fast.L1,
+    "l2": wcr_fast.L2,
     "hoyer_square": wcr_fast.HoyerSquare,
     "relative": wcr_fast.RelativeConcentration,
     "log": wcr_fast.LogConcentration,

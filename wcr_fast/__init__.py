@@ -18,11 +18,15 @@ from wcr_fast.pruning import (
 )
 from wcr_fast.regularizers import (
     L1,
+    L2,
+    VAR,
     WCR,
+    FromMoments,
     HoyerSquare,
     LogConcentration,
     Regularizer,
     RelativeConcentration,
+    Sum,
 )
 from wcr_fast.score import Score
 
@@ -30,7 +34,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "L1",
+    "L2",
+    "VAR",
     "WCR",
+    "FromMoments",
     "HoyerSquare",
     "LogConcentration",
     "Masks",
@@ -39,6 +46,7 @@ __all__ = [
     "Regularizer",
     "RelativeConcentration",
     "Score",
+    "Sum",
     "backend",
     "column_norms",
     "concentration_penalty",

@@ -12,13 +12,13 @@ from torch import Tensor
 from wcr_fast.curvature import CurvatureWatch
 
 if TYPE_CHECKING:
-    from wcr_fast.regularizers import Regularizer
+    from wcr_fast.regularizers.terms import Added, Look, Term
 
 
 class AttachHandle:
     """Undoes an ``attach``: call ``remove()``, or use it as a context manager."""
 
-    def __init__(self, regularizer: Regularizer, optimizer: torch.optim.Optimizer, hook: Any) -> None:
+    def __init__(self, regularizer: Term, optimizer: torch.optim.Optimizer, hook: Any) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._attached = _attached(regularizer)
         self._hook = hook
@@ -41,7 +41,7 @@ class AttachHandle:
         self.remove()
 
 
-def _attached(regularizer: Regularizer) -> weakref.WeakSet:
+def _attached(regularizer: Term) -> weakref.WeakSet:
     found = regularizer.__dict__.get("_optimizers")
     if found is None:
         found = regularizer.__dict__["_optimizers"] = weakref.WeakSet()
@@ -61,29 +61,24 @@ def unwrap(optimizer: Any, op: str) -> torch.optim.Optimizer:
 class _Hook:
     """The step pre-hook: with a closure it wraps that, without one it adds the gradient at once."""
 
-    def __init__(self, regularizer: Regularizer) -> None:
+    def __init__(self, regularizer: Term) -> None:
         self.regularizer = regularizer
-        self.curvature = CurvatureWatch()
+        self.curvature = {term: CurvatureWatch() for term in regularizer.terms}
 
-    def owned(self, optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-        """Return index of each penalised weight that the optimizer owns now -> its parameter group."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    def owned(self, optimizer: torch.optim.Optimizer) -> list[int]:
+        """Return the places of the penalised weights that the optimizer owns now."""
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         current = ((i, w.current()) for i, w in enumerate(self.regularizer._choice.weights))
-        return {i: groups[id(p)] for i, p in current if id(p) in groups and p.requires_grad}
+        return [i for i, p in current if id(p) in owned and p.requires_grad]
 
-    def add(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """Add the gradient to what the optimizer owns; return lam * psi of that part."""
-        owned = self.owned(optimizer)
-        lam = self.regularizer.lam
+    def add(self, optimizer: torch.optim.Optimizer) -> Added | None:
+        """Add the gradient to what the optimizer owns; return what there is to know of it."""
         # A fused optimizer divides by this scale inside its step: what is added has to carry it too.
         scale = getattr(optimizer, "grad_scale", None)
-        scaled = lam if scale is None else lam * scale.to(torch.float32)
-        added = self.regularizer._add_grad(list(owned), scaled)
-        if added is None:
-            return None
-        values, stats = added
-        self.curvature.look(self.regularizer, optimizer, stats.device, lambda: (owned, stats))
-        return lam * values.sum()
+        added = self.regularizer._add_grad(self.owned(optimizer), None if scale is None else scale.to(torch.float32))
+        for look in added.looks if added else ():
+            self.curvature[look.term].look(look.term, optimizer, look.device, lambda look=look: _found(look, optimizer))
+        return added
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -93,9 +88,10 @@ class _Hook:
 
         def with_penalty() -> Any:
             loss = closure()
-            value = self.add(optimizer)
-            if loss is None or value is None:
+            added = self.add(optimizer)
+            if loss is None or added is None:
                 return loss
+            value = added.value()
             return loss + (value.to(loss) if isinstance(loss, Tensor) else float(value))
 
         if len(args) > 1:
@@ -103,7 +99,14 @@ class _Hook:
         return args, {**kwargs, "closure": with_penalty}
 
 
-def attach(regularizer: Regularizer, optimizer: Any) -> AttachHandle:
+def _found(look: Look, optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]], Tensor]:
+    """Return the parameter group of each weight that was looked at, and the moments of these weights."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    weights = look.term._choice.weights
+    return {i: groups[id(weights[i].current())] for i in look.places}, look.moments()
+
+
+def attach(regularizer: Term, optimizer: Any) -> AttachHandle:
     """Register the regularizer's step pre-hook on an optimizer; see ``Regularizer.attach``."""
     base = unwrap(optimizer, "attach")
     name = type(regularizer).__name__

@@ -105,10 +105,19 @@ def _setup_backward(ctx, inputs, output) -> None:
     ctx.save_for_backward(stats, grad_mean, grad_var, *weights)
 
 
-def _backward_of_backward(ctx, grads: Sequence[Tensor | None]):
-    """Differentiate s_i (gm / n + 2 gV / n (a_i - m)) with m = mean(a), contracted with the incoming u_i."""
-    stats, grad_mean, grad_var, *weights = ctx.saved_tensors
-    to_weights: list[Tensor | None] = []
+def second_order(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    stats: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
+    r: float,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Differentiate s_i (gm / n + 2 gV / n (a_i - m)) with m = mean(a), contracted with the incoming u_i.
+
+    Returns what goes to the weights, to gm and to gV.
+    """
+    to_weights: list[Tensor] = []
     to_mean, to_var = [], []
     for i, (w, u) in enumerate(zip(weights, grads, strict=True)):
         if u is None or w.numel() == 0:
@@ -117,19 +126,23 @@ def _backward_of_backward(ctx, grads: Sequence[Tensor | None]):
             continue
         x, v = w.to(_wide(w)), u.to(_wide(w))
         n = w.numel()
-        a = x.abs() if ctx.r == 0 else torch.sqrt(x * x + ctx.r)
-        s = torch.sign(x) if ctx.r == 0 else x / a
+        a = x.abs() if r == 0 else torch.sqrt(x * x + r)
+        s = torch.sign(x) if r == 0 else x / a
         centred = (a - stats[2, i].to(a)) - stats[3, i].to(a)
         slope = 2.0 * grad_var[i].to(a) / n
         us = v * s
         out = slope * (us - us.mean()) * s
-        if ctx.r != 0:  # ds/dw = r / a^3; zero almost everywhere when r is
-            out = out + v * (ctx.r / a**3) * (grad_mean[i].to(a) / n + slope * centred)
+        if r != 0:  # ds/dw = r / a^3; zero almost everywhere when r is
+            out = out + v * (r / a**3) * (grad_mean[i].to(a) / n + slope * centred)
         to_weights.append(out.to(w.dtype))
         to_mean.append(us.sum().to(stats) / n)
         to_var.append(2.0 * (us * centred).sum().to(stats) / n)
-    mean = torch.stack(to_mean).to(grad_mean.dtype)
-    var = torch.stack(to_var).to(grad_var.dtype)
+    return to_weights, torch.stack(to_mean).to(grad_mean.dtype), torch.stack(to_var).to(grad_var.dtype)
+
+
+def _backward_of_backward(ctx, grads: Sequence[Tensor | None]):
+    stats, grad_mean, grad_var, *weights = ctx.saved_tensors
+    to_weights, mean, var = second_order(weights, grads, stats, grad_mean, grad_var, ctx.r)
     return to_weights, None, mean, var, None
 
 

@@ -34,7 +34,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _stats_dtype(device: torch.device) -> torch.dtype:
+def stats_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which sums are merged on a device."""
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
@@ -75,7 +76,7 @@ class Scratch:
         return block if block.dtype == dtype else self.take(slot, block, dtype).copy_(block)
 
 
-def _blocks(flat: Tensor) -> Iterator[Tensor]:
+def blocks_of(flat: Tensor) -> Iterator[Tensor]:
     if flat.device.type != "cpu" or flat.numel() <= BLOCK:
         return iter((flat,))
     return iter(flat.split(BLOCK))
@@ -96,32 +97,38 @@ def _total(rows: list[Tensor]) -> float:
     return sums.sum(dtype=torch.float64).item()
 
 
-def _one_sweep(flat: Tensor, scratch: Scratch) -> tuple[float, float]:
+def one_sweep(flat: Tensor, scratch: Scratch) -> tuple[float, float]:
     n = flat.numel()
     if n <= SMALL and flat.device.type == "cpu":
         x = flat.double()
         a = torch.addcmul(scratch.r(x), x, x) if scratch.smooth else x * x
         square, mean = a.sum().item() / n, a.sqrt_().sum().item() / n
         return mean, square - mean * mean
-    squares: list[Tensor] = []
-    sums: list[Tensor] = []
-    for block in _blocks(flat):
-        x = scratch.widened("x", block)
-        a = scratch.take("a", x, x.dtype)
-        if scratch.smooth:  # a^2 lies there on the way to a
-            squares.append(_row_sums(torch.addcmul(scratch.r(x), x, x, out=a)))
-            sums.append(_row_sums(a.sqrt_()))
-        else:
-            squares.append(_row_sums(torch.mul(x, x, out=a)))
-            sums.append(_row_sums(torch.abs(x, out=a)))
-    mean = _total(sums) / n
+    return from_sums([block_sums(block, scratch) for block in blocks_of(flat)], n)
+
+
+def block_sums(block: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """Return the row sums of a^2 and of a of one block."""
+    x = scratch.widened("x", block)
+    a = scratch.take("a", x, x.dtype)
+    if scratch.smooth:  # a^2 lies there on the way to a
+        squares = _row_sums(torch.addcmul(scratch.r(x), x, x, out=a))
+        return squares, _row_sums(a.sqrt_())
+    squares = _row_sums(torch.mul(x, x, out=a))
+    return squares, _row_sums(torch.abs(x, out=a))
+
+
+def from_sums(sums: Sequence[tuple[Tensor, Tensor]], n: int) -> tuple[float, float]:
+    """Return mean and one-sweep variance of n elements from the sums of their blocks."""
+    squares, magnitudes = (list(of) for of in zip(*sums, strict=True))
+    mean = _total(magnitudes) / n
     return mean, _total(squares) / n - mean * mean
 
 
 def _about_pivot(flat: Tensor, pivot: Tensor, scratch: Scratch) -> tuple[float, float]:
     sums: list[Tensor] = []
     squares: list[Tensor] = []
-    for block in _blocks(flat):
+    for block in blocks_of(flat):
         x = scratch.widened("x", block)
         d = scratch.magnitude(x, scratch.take("a", x, x.dtype)).sub_(pivot)
         sums.append(_row_sums(d))
@@ -134,7 +141,13 @@ def _about_pivot(flat: Tensor, pivot: Tensor, scratch: Scratch) -> tuple[float, 
 def _stats_of(flat: Tensor, scratch: Scratch) -> tuple[float, float, float, float]:
     if flat.numel() == 0:
         return 0.0, 0.0, 0.0, 0.0
-    mean, var = _one_sweep(flat, scratch)
+    return finish(flat, scratch, *one_sweep(flat, scratch))
+
+
+def finish(flat: Tensor, scratch: Scratch, mean: float, var: float) -> tuple[float, float, float, float]:
+    """Return the stats of a tensor from its one-sweep moments, after a second sweep where they are not accurate."""
+    if flat.numel() == 0:
+        return 0.0, 0.0, 0.0, 0.0
     if var >= WELL_CONDITIONED * mean * mean and var > 0:
         return mean, var, 0.0, mean
     first = flat[:1].to(compute_dtype(flat.dtype))
@@ -157,7 +170,7 @@ def layer_moments(
     scratch = Scratch(r)
     rows = [_stats_of(flat_view(t), scratch) for t in tensors]
     device = tensors[0].device
-    return torch.tensor(rows, dtype=_stats_dtype(device)).reshape(-1, 4).t().contiguous().to(device), None
+    return torch.tensor(rows, dtype=stats_dtype(device)).reshape(-1, 4).t().contiguous().to(device), None
 
 
 def put(target: Tensor, x: Tensor, layer: tuple[float, ...], scratch: Scratch, *, base: Tensor | None) -> None:
@@ -200,7 +213,7 @@ def pulls(stats: Tensor, coef: Tensor, sizes: Sequence[int], lams: Sequence[floa
     ]
 
 
-def _layers(stats: Tensor, coef: Tensor, tensors: Sequence[Tensor], lam: float) -> list[tuple[float, ...]]:
+def layers_of(stats: Tensor, coef: Tensor, tensors: Sequence[Tensor], lam: float) -> list[tuple[float, ...]]:
     return pulls(stats, coef, [t.numel() for t in tensors], [lam] * len(tensors))
 
 
@@ -214,11 +227,11 @@ def add_grad_(
 ) -> None:
     """Add lam * s * (b + c (a - m)) to every gradient, b = coef[1] / n and c = 2 coef[2] / n."""
     scratch = Scratch(r)
-    for grad, tensor, layer in zip(grads, tensors, _layers(stats, coef, tensors, float(lam)), strict=True):
+    for grad, tensor, layer in zip(grads, tensors, layers_of(stats, coef, tensors, float(lam)), strict=True):
         if not same_layout(grad, tensor):
             grad.add_(_written(tensor, layer, scratch))
             continue
-        for g, block in zip(_blocks(flat_view(grad)), _blocks(flat_view(tensor)), strict=True):
+        for g, block in zip(blocks_of(flat_view(grad)), blocks_of(flat_view(tensor)), strict=True):
             put(g, scratch.widened("x", block), layer, scratch, base=g)
 
 
@@ -226,7 +239,7 @@ def _written(tensor: Tensor, layer: tuple[float, ...], scratch: Scratch) -> Tens
     out = torch.empty_like(tensor)
     if not same_layout(out, tensor):  # gaps or overlaps: the result has none
         tensor = torch.empty_like(out).copy_(tensor)
-    for o, block in zip(_blocks(flat_view(out)), _blocks(flat_view(tensor)), strict=True):
+    for o, block in zip(blocks_of(flat_view(out)), blocks_of(flat_view(tensor)), strict=True):
         put(o, scratch.widened("x", block), layer, scratch, base=None)
     return out
 
@@ -234,5 +247,5 @@ def _written(tensor: Tensor, layer: tuple[float, ...], scratch: Scratch) -> Tens
 def grads(tensors: Sequence[Tensor], stats: Tensor, coef: Tensor, r: float) -> list[Tensor]:
     """Return s * (b + c (a - m)) of every tensor, each with its tensor's dtype."""
     scratch = Scratch(r)
-    layers = _layers(stats, coef, tensors, 1.0)
+    layers = layers_of(stats, coef, tensors, 1.0)
     return [_written(t, layer, scratch) for t, layer in zip(tensors, layers, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,13 +26,14 @@ from wcr_fast.torch_path.moments import compute_dtype
 from wcr_fast.watch import Watch, watch
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """Return the tensor itself where its elements fill one block of memory, else a copy laid out densely."""
     tensor = tensor.detach()
     return tensor if is_dense(tensor) else tensor.clone()
 
 
-def _table(tensors: Sequence[Tensor], positions: Sequence[int]) -> TensorTable:
+def table_of(tensors: Sequence[Tensor], positions: Sequence[int]) -> TensorTable:
+    """Return the table of these of some tensors, in the chunks of the moments' kernels."""
     return build_table([tensors[i] for i in positions], positions, CHUNK)
 
 
@@ -60,7 +62,7 @@ def layer_moments(
     coef holds f, df/dmean and df/dvar of ``rule = (family, eps)``. Both lie on the first tensor's device; an
     empty tensor's columns are 0. No synchronisation with the host, bitwise repeatable.
     """
-    tensors = [_dense(t) for t in tensors]
+    tensors = [dense(t) for t in tensors]
     home = tensors[0].device
     groups = group(tensors)
     # Kernels write the columns of their tensors; only an empty tensor's are left as they were.
@@ -71,7 +73,7 @@ def layer_moments(
         if device not in outputs:
             outputs[device] = allocate((7, len(tensors)), dtype=torch.float64, device=device)
     for positions in groups:
-        table = _table(tensors, positions)
+        table = table_of(tensors, positions)
         out = outputs[table.device]
         with on_device(table.device):
             _launch_moments(table, out[:4], out[4:] if rule else None, r, rule, total)
@@ -82,7 +84,7 @@ def layer_moments(
     return outputs[home][:4], outputs[home][4:] if rule else None
 
 
-def _launch_gradient(
+def launch_table_gradient(
     table: TensorTable,
     out_addrs: Tensor,
     stats: Tensor,
@@ -92,6 +94,7 @@ def _launch_gradient(
     *,
     accumulate: bool,
 ) -> None:
+    """Add the gradient to the tensors of a table, or write it, in one launch."""
     launch_gradient(
         table.rows,
         table.block_to_tensor,
@@ -117,11 +120,11 @@ def _gradient(
 ) -> None:
     """Add the gradient to ``outs``, or write it there; each is dense and laid out like its tensor."""
     for positions in group(tensors):
-        table = _table(tensors, positions)
+        table = table_of(tensors, positions)
         device = table.device
         with on_device(device):
             out_addrs = table.addresses([outs[i] for i in positions])
-            _launch_gradient(table, out_addrs, stats.to(device), coef.to(device), lam, r, accumulate=accumulate)
+            launch_table_gradient(table, out_addrs, stats.to(device), coef.to(device), lam, r, accumulate=accumulate)
 
 
 def add_grad_(
@@ -140,6 +143,13 @@ def add_grad_(
 
     Raises ValueError, before anything is written, where a gradient and its weight lie on different devices.
     """
+    weights, outs = gradient_targets(grads, tensors)
+    _gradient(weights, outs, stats, coef, lam, r, accumulate=True)
+    put_back(grads, tensors, outs)
+
+
+def gradient_targets(grads: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the weights as kernels read them and where they add to their gradients; see :func:`add_grad_`."""
     for i, (grad, tensor) in enumerate(zip(grads, tensors, strict=True)):
         if grad.device != tensor.device:
             raise ValueError(f"grads[{i}] is on {grad.device}, its weight on {tensor.device}; move it there first")
@@ -148,14 +158,18 @@ def add_grad_(
         grad, tensor = grad.detach(), tensor.detach()
         if grad.dtype != tensor.dtype:
             # The same arithmetic on the same values as in the moments, so equal magnitudes still give exactly zero.
-            tensor = _dense(tensor).to(compute_dtype(tensor.dtype))
+            tensor = dense(tensor).to(compute_dtype(tensor.dtype))
             grad = torch.zeros_like(tensor)
         elif not (is_dense(grad) and same_layout(grad, tensor)):
-            grad = _dense(grad)
+            grad = dense(grad)
             tensor = torch.empty_like(grad).copy_(tensor)
         outs.append(grad)
         weights.append(tensor)
-    _gradient(weights, outs, stats, coef, lam, r, accumulate=True)
+    return weights, outs
+
+
+def put_back(grads: Sequence[Tensor], tensors: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """Bring what kernels computed beside the gradients into them."""
     for grad, weight, out in zip(grads, tensors, outs, strict=True):
         if grad.dtype != weight.dtype:
             grad.detach().add_(out)
@@ -172,7 +186,7 @@ class GradPlan:
     def __init__(self, weights: Sequence[Tensor], looking: Watch) -> None:
         self._device, self._watch = weights[0].device, looking
         self._around = active_backend(), current_stream(self._device)
-        self._tables = [_table(weights, positions) for positions in group(weights)]
+        self._tables = [table_of(weights, positions) for positions in group(weights)]
         both = torch.empty((7, len(weights)), dtype=torch.float64, device=self._device)
         self._stats, self._coef = both[:4], both[4:]
         self._total = sum(w.numel() for w in weights)
@@ -195,13 +209,19 @@ class GradPlan:
                 _launch_moments(table, stats, coef, r, rule, self._total)
             for table in self._tables:
                 here = addresses if len(self._tables) == 1 else addresses[list(table.positions)]
-                _launch_gradient(table, table.sent(here), stats, coef, lam, r, accumulate=True)
+                launch_table_gradient(table, table.sent(here), stats, coef, lam, r, accumulate=True)
         return stats, coef
 
 
+PlanT = TypeVar("PlanT", bound=GradPlan)
+
+
 def grad_plan(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], owners: Sequence[tuple[dict, str, Tensor]]
-) -> GradPlan | None:
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    owners: Sequence[tuple[dict, str, Tensor]],
+    kind: type[PlanT] = GradPlan,
+) -> PlanT | None:
     """Return the plan of non-empty weights and their gradients, or None where a call has more to do than launches.
 
     One device, dense, each gradient with its weight's dtype and layout, and no graph being captured: it could not
@@ -213,12 +233,12 @@ def grad_plan(
         for w, g in zip(weights, grads, strict=True)
     )
     looking = watch(weights, entries=owners, grads_written=True) if plain and not capturing(device) else None
-    return None if looking is None else GradPlan(weights, looking)
+    return None if looking is None else kind(weights, looking)
 
 
 def grads(tensors: Sequence[Tensor], stats: Tensor, coef: Tensor, r: float) -> list[Tensor]:
     """Return s * (b + c ((a - p) - (mean - p))) of every tensor, laid out like ``torch.empty_like`` of it."""
-    tensors = [_dense(t) for t in tensors]
+    tensors = [dense(t) for t in tensors]
     outs = [torch.empty_like(t) for t in tensors]
     _gradient(tensors, outs, stats, coef, 1.0, r, accumulate=False)
     return outs
