@@ -73,6 +73,13 @@ _CONFIGS = {
     ("gradient", 2): LaunchConfig(2048, 8),
     ("gradient", 4): LaunchConfig(2048, 8),
     ("gradient", 8): LaunchConfig(1024, 8),
+    # As the moments: sums run in the same order in every dtype.
+    ("squares", 2): LaunchConfig(1024, 4),
+    ("squares", 4): LaunchConfig(1024, 8),
+    ("squares", 8): LaunchConfig(1024, 8),
+    ("ascend", 2): LaunchConfig(2048, 8),
+    ("ascend", 4): LaunchConfig(2048, 8),
+    ("ascend", 8): LaunchConfig(1024, 8),
     ("codes", 2): LaunchConfig(4096, 8),
     # By the weights' dtype, not the keys'. Twice these blocks spill; so do some forms that are left alone.
     ("fine", 2): LaunchConfig(4096, 8, registers=128),

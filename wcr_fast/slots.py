@@ -63,3 +63,14 @@ class Step:
         """Tell whether the penalty pulls at a parameter: a strength of 0 counts as none, but a tensor is not read."""
         lam = self.groups[slot.group]["lam"]
         return slot.layer >= 0 and (isinstance(lam, Tensor) or lam != 0.0)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A parameter to perturb: its values on this rank, room for their copy, and how far it goes."""
+
+    param: Tensor
+    weight: Tensor  # the parameter itself, or a DTensor's local shard
+    saved: Tensor  # dense
+    rho: float
+    eta: float = -1.0  # directions and distances are scaled by |w| + eta; below 0 they are not
