@@ -158,6 +158,31 @@ def in_the_loss(dtype):
     return found
 
 
+def sums(dtype):
+    """A sum of penalties with two r, in the loss and added by hand, and one in a fused step, against one process."""
+    model, plain, found = sharded(dtype), Net(dtype), {}
+    reg, ref = (
+        wcr_fast.WCR(net, 1e-3)
+        + wcr_fast.L1(net.first, 1e-2)
+        + wcr_fast.FromMoments(net, lambda m, v, n, N: n * v, 1.0)
+        for net in (model, plain)
+    )
+    want = ref()
+    found["value"] = abs(reg().item() / want.item() - 1)
+    want.backward()
+    for way in ("loss", "by hand"):
+        model.zero_grad()
+        reg().backward() if way == "loss" else reg.add_grad_()
+        pairs = [(full(p.grad), q.grad) for p, q in zip(reg.weights.values(), ref.weights.values(), strict=True)]
+        found[way] = max((p - q).abs().max().item() / q.abs().max().item() for p, q in pairs)
+    for net in (model, plain):
+        net.zero_grad()
+        penalty = wcr_fast.HoyerSquare(net, 1e-3) + wcr_fast.L1(net.first, 1e-3)
+        train(net, wcr_fast.optim.SGD(net.parameters(), lr=0.02, penalty=penalty), whole=net is plain)
+    found["fused"] = apart(model, plain)
+    return found
+
+
 def moments(dtype):
     """Moments of cut layers, with equal magnitudes and a degenerate layer among them."""
     model, plain = sharded(dtype), Net(dtype)
@@ -347,6 +372,7 @@ CHECKS = {
         attached: (torch.float64,),
         in_the_loss: BOTH,
         moments: BOTH,
+        sums: (torch.float64,),
         resume: (torch.bfloat16,),
         placements: BOTH,
         ddp: BOTH,

@@ -59,10 +59,10 @@ class CurvatureWatch:
 
     def _measure(self, reg: Regularizer, groups: Mapping[int, dict[str, Any]], stats: Tensor) -> None:
         indices = list(groups)
-        numel, total = reg._sizes(stats, indices)
+        numel, _ = reg._sizes(stats, indices)
         with torch.enable_grad():
             mean, var = stats[0].detach(), stats[1].detach().requires_grad_()
-            f = reg.formula(mean, var, numel, total).sum()
+            f = reg._formula_at(mean, var, indices).sum()
             if not f.requires_grad:
                 return  # no dependence on the variance, no such curvature
             (slope,) = torch.autograd.grad(f, var, create_graph=True)
@@ -93,7 +93,7 @@ class CurvatureWatch:
         if excess > 1.0:
             self._done = True
             warnings.warn(
-                f"{type(reg).__name__}: the step is {excess:.3g} times too long for the penalty's curvature at "
+                f"{reg._title}: the step is {excess:.3g} times too long for the penalty's curvature at "
                 f"{labels[int(worst)]}: one SGD step throws its spread outward by a factor of {factor:.3g}; lower lr "
                 "or lam, or exclude it",
                 stacklevel=2,

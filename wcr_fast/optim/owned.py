@@ -12,11 +12,11 @@ from wcr_fast import regularizers
 from wcr_fast.curvature import CurvatureWatch
 from wcr_fast.ops.moments import stats_of
 from wcr_fast.ops.sharded import is_sharded, local, merged_stats
-from wcr_fast.regularizers import Regularizer
+from wcr_fast.regularizers import Regularizer, Sum
 from wcr_fast.slots import Penalty, Slot, Step
 from wcr_fast.weights import Exclude, Excluder, Weight
 
-PenaltyT = Regularizer | type[Regularizer] | str | None
+PenaltyT = Regularizer | Sum | type[Regularizer] | str | None
 
 PENALTIES: dict[str, type[Regularizer]] = {
     kind.family: kind
@@ -32,7 +32,7 @@ def owned_penalty(
     if isinstance(penalty, str) and penalty not in PENALTIES:
         raise ValueError(f"{optimizer}: no penalty is called {penalty!r}; there are {', '.join(PENALTIES)}")
     asked = PENALTIES[penalty] if isinstance(penalty, str) else penalty
-    built = isinstance(asked, Regularizer)
+    built = isinstance(asked, Regularizer | Sum)
     if not (asked is None or built or (isinstance(asked, type) and issubclass(asked, Regularizer))):
         raise TypeError(f"{optimizer}: penalty must be a regularizer, its class or its name, got {penalty!r}")
     if asked is None and (lam is not None or decoupled):
@@ -41,15 +41,39 @@ def owned_penalty(
         raise ValueError(
             f"{optimizer}: exclude goes with a penalty's class or name; give it to the regularizer instead"
         )
+    if built:
+        _check_in_a_step(optimizer, asked)
     return None if asked is None else OwnedPenalty(optimizer, asked, exclude, "decoupled" if decoupled else "coupled")
+
+
+def _check_in_a_step(optimizer: str, asked: Regularizer | Sum) -> None:
+    """Refuse what is not one formula of one kind of moments, for gradients."""
+    instead = f"attach it to the {optimizer}, without penalty="
+    others = [term for term in asked.terms if not isinstance(term, Regularizer)]
+    if others:
+        raise TypeError(f"{optimizer}: a step takes the moments family only, not {type(others[0]).__name__}: {instead}")
+    if asked._on_weights():
+        raise ValueError(
+            f'{optimizer}: {type(asked).__name__} in mode "{asked.mode}" acts on the weights: {instead}; or give it in '
+            'mode "loss" with decoupled=True'
+        )
+    if len({term.r for term in asked.terms}) > 1:
+        raise ValueError(f"{optimizer}: the sum's members differ in r: give them the same r, or {instead}")
+
+
+def _strengths(terms: Sequence[Regularizer]) -> list[Any]:
+    """Return what tells whether a strength has changed."""
+    return [(id(t.lam), t.lam._version) if isinstance(t.lam, Tensor) else t.lam for t in terms]
 
 
 class OwnedPenalty:
     """The regularizer in an optimizer's step. A layer is one of its weights that the optimizer owns and trains."""
 
-    regularizer: Regularizer
+    regularizer: Regularizer | Sum
 
-    def __init__(self, optimizer: str, asked: Regularizer | type[Regularizer], exclude: Exclude, mode: str) -> None:
+    def __init__(
+        self, optimizer: str, asked: Regularizer | Sum | type[Regularizer], exclude: Exclude, mode: str
+    ) -> None:
         self._optimizer, self._asked, self._exclude, self._mode = optimizer, asked, exclude, mode
         self._layers: list[Weight] = []
         self._places: list[int] = []  # of the layers among the regularizer's weights
@@ -61,13 +85,20 @@ class OwnedPenalty:
         return self.regularizer._choice.weights
 
     @property
-    def constants(self) -> tuple[float, float]:
-        """What the formula and the magnitudes depend on: eps, r."""
-        return self.regularizer.eps, self.regularizer.r
+    def constants(self) -> list[Any]:
+        """What the formula and the magnitudes depend on: eps, r, and the strengths of a sum's members."""
+        terms = self.regularizer.terms
+        strengths = _strengths(terms) if isinstance(self.regularizer, Sum) else []
+        return [*((term.eps, term.r) for term in terms), *strengths]
+
+    @property
+    def _formula(self) -> Any:
+        """The regularizer, or what computes a sum's members together."""
+        return self.regularizer.formula() if isinstance(self.regularizer, Sum) else self.regularizer
 
     def resolve(self, groups: Sequence[dict[str, Any]]) -> None:
         """Build the regularizer where only its class is known, and see that it has weights here."""
-        if isinstance(self._asked, Regularizer):
+        if isinstance(self._asked, Regularizer | Sum):
             self.regularizer = self._asked
         else:
             self.regularizer = self._asked(self._chosen(groups))
@@ -140,14 +171,14 @@ class OwnedPenalty:
         """Return what a step is told of it, None where there is no layer."""
         if not self._layers:
             return None
-        reg = self.regularizer
+        reg = self._formula
         sharded = any(is_sharded(w.current()) for w in self._layers)
-        family = None if sharded else reg.family
-        return Penalty(self._mode, family, reg.eps, reg.r, sum(reg._numels), len(self._layers))
+        family, eps = (reg.family, reg.eps) if isinstance(reg, Regularizer) and not sharded else (None, 0.0)
+        return Penalty(self._mode, family, eps, reg.r, sum(reg._numels), len(self._layers))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return stats and coefficients of the layers as they are, on the torch path."""
-        stats, _ = stats_of([local(w.current()).detach() for w in self._layers], self.regularizer.r)
+        stats, _ = stats_of([local(w.current()).detach() for w in self._layers], self._formula.r)
         return self._completed(stats)
 
     def complete(self, plan: Any) -> None:
@@ -163,11 +194,11 @@ class OwnedPenalty:
             groups = {slot.layer: optimizer.param_groups[slot.group] for slot in slots}
             return {place: groups[layer] for layer, place in enumerate(self._places)}, stats()
 
-        self._curvature.look(self.regularizer, optimizer, slots[0].weight.device, find)
+        self._curvature.look(self._formula, optimizer, slots[0].weight.device, find)
 
     def _completed(self, stats: Tensor) -> tuple[Tensor, Tensor]:
         stats = merged_stats(stats, [w.current() for w in self._layers])
-        return stats, torch.stack(self.regularizer._derivatives_at(stats, self._places))
+        return stats, self._formula._derivatives_at(stats, self._places)
 
 
 def value(slots: Sequence[Slot], coef: Tensor, step: Step) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from wcr_fast.ops.moments import add_grad_, check_constant, check_smoothing, moments_of, plan_of, stats_of
 from wcr_fast.regularizers.joint import Joint
 from wcr_fast.regularizers.terms import Added, Look, Term
-from wcr_fast.table import pointers, upload
+from wcr_fast.table import pointers
 from wcr_fast.weights import Exclude, Weights
 
 if TYPE_CHECKING:
@@ -83,8 +83,6 @@ class Regularizer(Term):
         self.eps = check_constant(name, "eps", eps)
         self.r = check_smoothing(name, self.default_r if r is None else r)
         super().__init__(model, lam, exclude)
-        self._numels = tuple(w.param.numel() for w in self._choice.weights)
-        self._vectors: dict[tuple, Tensor] = {}
         self._refuse_degenerate()
 
     def formula(self, mean: Tensor, var: Tensor, numel: Tensor, total: float) -> Tensor:
@@ -103,17 +101,6 @@ class Regularizer(Term):
     def degenerate(self, mean: Tensor, var: Tensor) -> Tensor:
         """Return which layers' terms can't be trained against, bool [L]: none unless a subclass says so."""
         return torch.zeros_like(var, dtype=torch.bool)
-
-    def _sizes(self, like: Tensor, indices: Sequence[int] | None = None) -> tuple[Tensor, float]:
-        """Return n of these layers [L] (all by default) where and as ``like`` is, and N of the whole regularizer."""
-        numels = self._numels if indices is None else tuple(self._numels[i] for i in indices)
-        total = float(sum(self._numels))
-        if torch.compiler.is_compiling():
-            return torch.tensor(numels, dtype=like.dtype, device=like.device), total
-        key = (numels, like.dtype, like.device)
-        if key not in self._vectors:  # uploaded once: a copy from pageable memory waits for the device
-            self._vectors[key] = upload(np.array(numels, dtype=np.float64), like.device).to(like.dtype)
-        return self._vectors[key], total
 
     def _refuse_degenerate(self) -> None:
         tensors = [w.param.detach() for w in self._choice.weights]
@@ -143,7 +130,10 @@ class Regularizer(Term):
 
     def _value_at(self, mean: Tensor, var: Tensor, indices: Sequence[int]) -> Tensor:
         """Return lam * psi of these weights from their moments."""
-        return (self.lam * self.formula(mean, var, *self._sizes(mean, indices)).sum()).to(mean.dtype)
+        return (self.lam * self._formula_at(mean, var, indices).sum()).to(mean.dtype)
+
+    def _formula_at(self, mean: Tensor, var: Tensor, indices: Sequence[int]) -> Tensor:
+        return self.formula(mean, var, *self._sizes(mean, indices))
 
     def _add_grad(self, indices: Sequence[int] | None, scale: Tensor | None) -> Added | None:
         if self._off():
@@ -180,12 +170,12 @@ class Regularizer(Term):
                 return self._run_plan(np.array(pointers(grads), dtype=np.int64), lam)
         stats, coef = stats_of(tensors, self.r, rule)
         if coef is None:
-            coef = torch.stack(self._derivatives_at(stats, indices))
+            coef = self._derivatives_at(stats, indices)
         add_grad_(grads, tensors, stats, coef, lam, self.r)
         return self._added(indices, stats, coef)
 
-    def _derivatives_at(self, stats: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.derivatives(stats[0], stats[1], *self._sizes(stats, indices))
+    def _derivatives_at(self, stats: Tensor, indices: Sequence[int]) -> Tensor:
+        return torch.stack(self.derivatives(stats[0], stats[1], *self._sizes(stats, indices)))
 
     def moments(self) -> dict[str, tuple[float, float]]:
         """Return (mean, variance) of the smooth magnitudes by name, as Python floats (one synchronisation)."""

@@ -31,9 +31,20 @@ class Joint(Term):
             raise ValueError(f"Sum: at most {MAX_MEMBERS} members of the moments family, got {len(members)}")
         self._members = tuple(members)
         self._choice, self._places = union(members)
-        self._numels = tuple(w.param.numel() for w in self._choice.weights)
-        self._vectors: dict[tuple, Tensor] = {}
+        self._measure()
         self.smoothings()
+
+    @property
+    def _title(self) -> str:
+        return "Sum"
+
+    @property
+    def r(self) -> float:
+        """The members' common r; ValueError where there are two."""
+        rs = self.smoothings()
+        if len(rs) > 1:
+            raise ValueError(f"Sum: members differ in r: {rs[0]} and {rs[1]}; give them the same r")
+        return rs[0]
 
     @property
     def lam(self) -> float:
@@ -99,6 +110,23 @@ class Joint(Term):
         if key not in self._vectors:  # uploaded once: a copy from pageable memory waits for the device
             self._vectors[key] = upload(np.array(columns, dtype=np.int64), device)
         return self._vectors[key]
+
+    # With one r they are a formula of the moments like any other, with a strength of 1.
+
+    def _formula_at(self, mean: Tensor, var: Tensor, indices: Sequence[int]) -> Tensor:
+        """Return the sum over the members of lam f, 0-d: each layer's moments are in its own terms only."""
+        total = mean.new_zeros(())
+        for member, (mine, columns) in zip(self._members, self._shares(indices), strict=True):
+            if mine:
+                both = (self._columns(moments, columns) for moments in (mean, var))
+                total = total + (member.lam * member._formula_at(*both, mine)).sum()
+        return total
+
+    def _derivatives_at(self, stats: Tensor, indices: Sequence[int]) -> Tensor:
+        """Return the sums over the members of lam (f, df/dmean, df/dvar), [3, L]."""
+        coef = stats.new_zeros(1, 3, len(indices))
+        self._add_open(stats[None], coef, self._shares(indices), (self.r,), all_open=True)
+        return coef[0]
 
     def _rules(self, shares: Sequence[tuple[list[int], list[int]]], rs: tuple[float, ...]) -> list[MemberRule]:
         return [
@@ -169,7 +197,7 @@ class Joint(Term):
         for member, (mine, columns) in zip(self._members, shares, strict=True):
             if mine and (all_open or member.family is None):
                 which = rs.index(member.r)
-                terms = torch.stack(member._derivatives_at(self._columns(stats[which], columns), mine))
+                terms = member._derivatives_at(self._columns(stats[which], columns), mine)
                 if len(columns) == coef.shape[-1]:
                     coef[which].add_(member.lam * terms)
                 else:

@@ -6,12 +6,14 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wcr_fast.attach import AttachHandle, attach
 from wcr_fast.ops.moments import result_dtype
 from wcr_fast.ops.sharded import aligned, is_sharded, local
+from wcr_fast.table import upload
 from wcr_fast.weights import Choice, Exclude, Weight, Weights, as_weights, choose
 
 
@@ -53,6 +55,16 @@ class Term:
             left = "; ".join(f"{n}: {why}" for n, why in self._choice.left_out[:8])
             raise ValueError(f"{name}: no weight to penalise" + (f" (left out: {left})" if left else ""))
         self._refuse_twice()
+        self._measure()
+
+    def _measure(self) -> None:
+        self._numels = tuple(w.param.numel() for w in self._choice.weights)
+        self._vectors: dict[tuple, Tensor] = {}  # small ones on their devices
+
+    @property
+    def _title(self) -> str:
+        """The name in messages."""
+        return type(self).__name__
 
     @property
     def lam(self) -> float | Tensor:
@@ -110,7 +122,7 @@ class Term:
         for i, param in zip(indices, params, strict=True):
             if param.grad is not None and param.grad.layout != torch.strided:
                 name = self._choice.weights[i].name
-                raise TypeError(f"{type(self).__name__}: the gradient of {name} is sparse; use sparse=False there")
+                raise TypeError(f"{self._title}: the gradient of {name} is sparse; use sparse=False there")
         for param in params:
             if param.grad is None:
                 # grad_dtype (torch 2.10 and later): None where any will do
@@ -123,6 +135,17 @@ class Term:
         """Return where modules keep these weights: those dictionaries live as long as the modules."""
         owners = (self._choice.weights[i].owner for i in indices)
         return [(o[0]._parameters, o[1], p) for o, p in zip(owners, params, strict=True) if o]
+
+    def _sizes(self, like: Tensor, indices: Sequence[int] | None = None) -> tuple[Tensor, float]:
+        """Return n of these layers [L] (all by default) where and as ``like`` is, and N of the whole regularizer."""
+        numels = self._numels if indices is None else tuple(self._numels[i] for i in indices)
+        total = float(sum(self._numels))
+        if torch.compiler.is_compiling():
+            return torch.tensor(numels, dtype=like.dtype, device=like.device), total
+        key = (numels, like.dtype, like.device)
+        if key not in self._vectors:  # uploaded once: a copy from pageable memory waits for the device
+            self._vectors[key] = upload(np.array(numels, dtype=np.float64), like.device).to(like.dtype)
+        return self._vectors[key], total
 
     def _on_weights(self) -> bool:
         """Tell whether it acts on weights, and not on gradients."""
@@ -198,7 +221,7 @@ class Term:
 
     def _rows(self) -> str:
         weights = self._choice.weights
-        size = f"on {len(weights)} weights, {sum(w.param.numel() for w in weights):,} values"
+        size = f"on {len(weights)} weights, {sum(self._numels):,} values"
         lines = [f"  {w.label()} {list(w.param.shape)}" for w in weights]
         return "\n".join([size, *lines, *(f"  left out: {name} ({why})" for name, why in self._choice.left_out)])
 
@@ -262,8 +285,9 @@ class Sum(Term):
         kinds: dict[Any, list[Term]] = {}
         for number, term in enumerate(self._terms):
             kinds.setdefault(term._joined or number, []).append(term)
-        self._parts = [kind(of) if callable(kind) and len(of) > 1 else of[0] for kind, of in kinds.items()]
+        self._parts = [kind(of) if callable(kind) else of[0] for kind, of in kinds.items()]
         self._choice, self._places = union(self._parts)
+        self._measure()
 
     @property
     def lam(self) -> float:
@@ -274,6 +298,10 @@ class Sum(Term):
     def terms(self) -> tuple[Term, ...]:
         """The members, in the order in which they were added."""
         return self._terms
+
+    def formula(self) -> Term | None:
+        """Return the one formula of moments that a fused optimizer may have in its step, None where there is none."""
+        return self._parts[0] if len(self._parts) == 1 else None
 
     def _off(self) -> bool:
         return all(term._off() for term in self._terms)
