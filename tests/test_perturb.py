@@ -59,7 +59,7 @@ def test_lists_of_several_dtypes_share_one_norm(backend, device):
     )
     grads = [torch.randn_like(w) for w in weights]
     before = [w.clone() for w in weights]
-    total, moved = expected(weights, grads, 0.3, -1.0, False)
+    _, moved = expected(weights, grads, 0.3, -1.0, False)
     sites = sites_of(weights)
     ascend_(sites, grads, squares(sites, grads, False), False)
     for w, new in zip(weights, moved, strict=True):

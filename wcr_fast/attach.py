@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from wcr_fast.curvature import CurvatureWatch
 
 if TYPE_CHECKING:
+    from wcr_fast.regularizers.modes import Moded
     from wcr_fast.regularizers.terms import Added, Look, Term
 
 
@@ -49,10 +51,17 @@ def _attached(regularizer: Term) -> weakref.WeakSet:
 
 
 def unwrap(optimizer: Any, op: str) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside wrappers that hold it as ``.optimizer`` (Accelerate's, for one)."""
+    """Return the torch optimizer inside wrappers: ``.optimizer`` (Accelerate's, for one), ``.base_optimizer`` (SAM's).
+
+    It is the one that steps at the weights as they are, once for each batch.
+    """
     seen = optimizer
-    while hasattr(seen, "optimizer") and isinstance(seen.optimizer, torch.optim.Optimizer):
-        seen = seen.optimizer
+    while True:
+        held = (getattr(seen, name, None) for name in ("optimizer", "base_optimizer"))
+        inner = next((one for one in held if isinstance(one, torch.optim.Optimizer)), None)
+        if inner is None:
+            break
+        seen = inner
     if not isinstance(seen, torch.optim.Optimizer):
         raise TypeError(f"{op}: expected a torch optimizer, got {type(optimizer).__name__}")
     return seen
@@ -106,20 +115,53 @@ def _found(look: Look, optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict
     return {i: groups[id(weights[i].current())] for i in look.places}, look.moments()
 
 
+class _ShrinkHook:
+    """The hook of a penalty that acts on weights: before a step or after it, as its mode says."""
+
+    def __init__(self, regularizer: Moded) -> None:
+        self.regularizer = regularizer
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        numbers = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        current = ((i, w.current()) for i, w in enumerate(self.regularizer._choice.weights))
+        owned = [(i, numbers[id(p)]) for i, p in current if id(p) in numbers and p.requires_grad]
+        # A scaler hands it to fused optimizers, which then do nothing themselves; others it doesn't let step.
+        found_inf = getattr(optimizer, "found_inf", None)
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        self.regularizer._shrink([i for i, _ in owned], [group for _, group in owned], lrs, found_inf)
+
+
+def attach_shrinking(regularizer: Moded, optimizer: Any) -> AttachHandle:
+    """Register the hook of a penalty that acts on weights on an optimizer; see ``Moded.attach``."""
+    base = unwrap(optimizer, "attach")
+    name = type(base).__name__
+    if any("lr" not in group for group in base.param_groups):
+        raise ValueError(f"attach: a parameter group of this {name} has no lr: call shrink_(lr) beside its step")
+    if getattr(getattr(base, "_precision", None), "master", None) is not None:
+        raise ValueError(f"attach: this {name} writes weights from its master copies, which this mode doesn't reach")
+    hook = _ShrinkHook(regularizer)
+    register = base.register_step_post_hook if regularizer.mode == "proximal" else base.register_step_pre_hook
+    return _registered(regularizer, base, lambda: register(hook))
+
+
 def attach(regularizer: Term, optimizer: Any) -> AttachHandle:
     """Register the regularizer's step pre-hook on an optimizer; see ``Regularizer.attach``."""
     base = unwrap(optimizer, "attach")
-    name = type(regularizer).__name__
-    attached = _attached(regularizer)
-    if base in attached:
-        raise ValueError(f"attach: this {name} is attached to this {type(base).__name__} already; remove() it first")
     if getattr(base, "penalty", None) is not None:
         raise ValueError(f"attach: this {type(base).__name__} has a penalty of its own in its step; use one of the two")
-    hook = _Hook(regularizer)
-    if not hook.owned(base):
+    return _registered(regularizer, base, lambda: base.register_step_pre_hook(_Hook(regularizer)))
+
+
+def _registered(regularizer: Term, base: torch.optim.Optimizer, register: Callable[[], Any]) -> AttachHandle:
+    """Register a hook, unless there is one already or the optimizer has no weight for it."""
+    name, attached = type(regularizer).__name__, _attached(regularizer)
+    if base in attached:
+        raise ValueError(f"attach: this {name} is attached to this {type(base).__name__} already; remove() it first")
+    owned = {id(p) for group in base.param_groups for p in group["params"]}
+    if not any(id(p) in owned and p.requires_grad for p in regularizer.weights.values()):
         raise ValueError(
             f"attach: {type(base).__name__} owns none of the weights of this {name}; build it on the same "
             "parameters, and after anything that replaces them (fully_shard, load_state_dict(assign=True))"
         )
     attached.add(base)
-    return AttachHandle(regularizer, base, base.register_step_pre_hook(hook))
+    return AttachHandle(regularizer, base, register())

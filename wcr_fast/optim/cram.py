@@ -154,12 +154,14 @@ class CrAM(TwoPassOptimizer):
         torch._foreach_copy_([self._clean[p] for p in gradients], list(gradients.values()))
 
     @torch.no_grad()
-    def _return(self) -> None:
+    def _return(self, scale: Tensor | None) -> None:
         if not self.perturbed:
             return
         gradients = self._gradients()
         self._restore({p: gradients[p] for p in self._pruned if p in gradients} if self._sparse_grad else {})
         if self._plus:
+            if scale is not None:
+                torch._foreach_mul_(list(self._clean.values()), scale.item() if scale.device.type == "cpu" else scale)
             both = [p for p in self._clean if p in gradients]
             if both:
                 torch._foreach_add_([gradients[p] for p in both], [self._clean[p] for p in both])

@@ -8,30 +8,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class FrozenStatistics:
     """Keeps the running statistics of a model's normalisation layers still, from ``freeze`` to ``thaw``.
 
-    Layers in training mode go on to normalise with the statistics of their batch; neither running mean, running
-    variance nor the count of batches moves. Covers batch norms of any dimension, SyncBatchNorm, instance norms, and
-    others that look at ``track_running_stats`` as torch's do.
+    They are taken away meanwhile: layers in training mode go on to normalise with the statistics of their batch, and
+    there is nothing that could move, the count of batches included. Covers batch norms of any dimension, SyncBatchNorm,
+    instance norms and classes derived from these.
     """
 
     def __init__(self) -> None:
-        self._frozen: list[nn.Module] = []
+        self._frozen: list[tuple[nn.Module, dict[str, Tensor]]] = []
 
     def freeze(self, model: nn.Module | None) -> None:
         """Freeze what isn't frozen yet."""
-        if model is not None:
-            for module in model.modules():
-                if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-                    module.track_running_stats = False
-                    self._frozen.append(module)
+        for module in () if model is None else model.modules():
+            if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
+                self._frozen.append((module, {name: getattr(module, name) for name in _STATISTICS}))
+                for name in _STATISTICS:
+                    setattr(module, name, None)
 
     def thaw(self) -> None:
-        """Let the layers track again; a second call does nothing."""
-        for module in self._frozen:
-            module.track_running_stats = True
+        """Give the statistics back; a second call does nothing."""
+        for module, statistics in self._frozen:
+            for name, value in statistics.items():
+                setattr(module, name, value)
         self._frozen = []
 
 

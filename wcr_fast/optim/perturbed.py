@@ -300,14 +300,17 @@ class TwoPassOptimizer(PerturbedOptimizer):
                     "(or first_step() before); a trainer that calls step() without one can't run this optimizer: see "
                     "S2SAM(..., model=model)"
                 )
-            self._complete(scaler)
+            self._return(getattr(self, "grad_scale", None))
+            self._ready = False
+            self._step_base(scaler)
             return None
         if getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: a GradScaler can't pass a closure: step(closure, scaler=scaler)"
             )
         loss = self._evaluate_twice(closure, scaler)
-        self._complete(scaler)
+        self._ready = False
+        self._step_base(scaler)
         return loss
 
     @torch._disable_dynamo
@@ -331,12 +334,13 @@ class TwoPassOptimizer(PerturbedOptimizer):
         """
         if not self.perturbed:
             raise RuntimeError(f"{type(self).__name__}: second_step() without first_step() before it")
-        self._return()
-        if scaler is not None and scaler.is_enabled():
-            self._ready = True
-            scaler.step(self)  # by way of step(), which completes: gradients may have been unscaled already
-        else:
-            self._complete(None)
+        try:
+            if scaler is not None and scaler.is_enabled():
+                scaler.step(self)  # which calls step(): the gradients may have been unscaled already
+            else:
+                self.step()
+        finally:
+            self.restore()
         if zero_grad:
             self.zero_grad()
 
@@ -353,7 +357,7 @@ class TwoPassOptimizer(PerturbedOptimizer):
         earlier = {p: p.grad for p in self._params() if p.grad is not None} if self._ready else {}
         self.zero_grad()
         try:
-            loss = self._evaluate_twice(closure, scaler)
+            loss = self._evaluate_twice(closure, scaler, unscale=False)
         except BaseException:
             self.zero_grad()
             for p, grad in earlier.items():
@@ -368,12 +372,7 @@ class TwoPassOptimizer(PerturbedOptimizer):
         super()._begin()
         self._ready = False  # gradients of second passes wait for a step
 
-    def _complete(self, scaler: Any) -> None:
-        self._return()
-        self._ready = False
-        self._step_base(scaler)
-
-    def _evaluate_twice(self, closure: Callable[[], Any], scaler: Any) -> Any:
+    def _evaluate_twice(self, closure: Callable[[], Any], scaler: Any, *, unscale: bool = True) -> Any:
         if self.perturbed:
             raise RuntimeError(f"{type(self).__name__}: the weights are perturbed already: second_step() or restore()")
         random, overflow = RandomState(self._params()), self._overflow
@@ -387,7 +386,13 @@ class TwoPassOptimizer(PerturbedOptimizer):
             random.replay()
             with torch.enable_grad():
                 closure()
-            self._return()
+            scale = None
+            if scaler is not None and scaler.is_enabled():
+                if unscale:
+                    scaler.unscale_(self._second_pass)
+                else:
+                    scale = scaler.scale(torch.ones((), device=next(self._params()).device))
+            self._return(scale)
         except BaseException:
             self._overflow = overflow
             raise
@@ -425,8 +430,11 @@ class TwoPassOptimizer(PerturbedOptimizer):
         """Perturb the weights by the gradients of the first pass."""
         self._ascend(self._gradients())
 
-    def _return(self) -> None:
-        """Come back from the perturbed weights, with the gradient that the wrapped optimizer is to step by."""
+    def _return(self, scale: Tensor | None) -> None:
+        """Come back from the perturbed weights, with the gradient that the wrapped optimizer is to step by.
+
+        scale: what the second gradients are multiplied by still; the first ones were unscaled.
+        """
         self.restore()
 
 
