@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wcr_fast.kernels import count, joint, keep, mask, moments, nm, perturb, rows, step, survey, track, window
+from wcr_fast.kernels import count, joint, keep, mask, moments, nm, perturb, rows, shrink, step, survey, track, window
 from wcr_fast.kernels.launch import Variant
 
-MODULES = (moments, joint, window, count, survey, rows, mask, nm, keep, step, track, perturb)
+MODULES = (moments, joint, window, count, survey, rows, mask, nm, keep, shrink, step, track, perturb)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),

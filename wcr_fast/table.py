@@ -112,6 +112,12 @@ def upload(array: np.ndarray, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+@functools.lru_cache(maxsize=2 * CACHE_SIZE)
+def constants_on(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return some numbers on a device, uploaded once."""
+    return upload(np.array(values, dtype=np.float64), device).to(dtype)
+
+
 def send(array: np.ndarray, device: torch.device, into: Tensor | None) -> Tensor:
     """Copy a small array over a tensor that stays where it is (a captured graph reads it there), or to a new one."""
     if into is None:

@@ -6,14 +6,12 @@ Per layer (n, mean, M2) travel, three float64 numbers; every rank merges them in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wcr_fast.table import upload
+from wcr_fast.table import constants_on
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -71,12 +69,7 @@ def aligned(grad: Tensor, param: Tensor) -> Tensor:
 def local_coef(coef: Tensor, params: Sequence[Tensor]) -> Tensor:
     """Return coefficients of whole layers for whoever divides them by the number of a shard's elements."""
     shares = tuple(local(p).numel() / max(p.numel(), 1) for p in params)
-    return torch.cat([coef[:1], coef[1:] * _vector(shares, coef.dtype, coef.device)])
-
-
-@lru_cache(maxsize=64)
-def _vector(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return upload(np.array(values, dtype=np.float64), device).to(dtype)
+    return torch.cat([coef[:1], coef[1:] * constants_on(shares, coef.dtype, coef.device)])
 
 
 def merged_stats(stats: Tensor, params: Sequence[Tensor]) -> Tensor:
@@ -94,7 +87,7 @@ def merged_stats(stats: Tensor, params: Sequence[Tensor]) -> Tensor:
         return stats
     stats = stats.clone()
     for groups, columns in cut.items():
-        n = _vector(tuple(local(params[i]).numel() for i in columns), stats.dtype, stats.device)
+        n = constants_on(tuple(local(params[i]).numel() for i in columns), stats.dtype, stats.device)
         mean, var, pivot, _ = stats[:, columns]
         spread = n * var
         for group in groups:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from wcr_fast.ops.shrink import refuse_overlap, shrink_
 from wcr_fast.regularizers.base import Regularizer
+from wcr_fast.regularizers.modes import Moded
+from wcr_fast.weights import Exclude, Weights
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -54,24 +59,70 @@ class WCR(Regularizer):
 VAR = WCR
 
 
-class L1(Regularizer):
-    """The sum of magnitudes: f = n m, gradient lam * sign(w). Source: Tibshirani 1996 (the lasso).
+class L1(Moded, Regularizer):
+    """The sum of magnitudes: f = n m, gradient lam * sign(w), 0 at 0.
+
+    In the loss it leaves no exact zeros (weights swing about 0), and under Adam its pull is divided by each weight's
+    own gradient's size. Two modes act on the weights instead, by ``attach`` or ``shrink_(lr)``, one launch per dtype:
+
+        "decoupled":  w <- w - lr lam sign(w)                      before the step, as AdamW's weight decay
+        "proximal":   w <- sign(w) max(|w| - lr lam, 0)            after the step: exact zeros (+0.0)
 
     Args: as :class:`Regularizer`; r = 0 by default (with r = 1e-8 and 99 % zeros it would be 20 % too large).
+        mode: "loss" (default), "decoupled" or "proximal"; in the latter two a call gives the value without a
+            gradient, ``add_grad_`` is an error, r must be 0 and lam >= 0.
+
+    Raises:
+        ValueError: as :class:`Regularizer`, and for another mode.
+
+    Exactness: lr * lam is rounded to the dtype of the arithmetic (float32; float64 for float64 weights), the result to
+    the weight's: in bfloat16 a weight of 512 lr * lam or more doesn't move. NaN stays.
+
+    Source: Tibshirani 1996 (the lasso); proximal: Daubechies, Defrise, De Mol 2004, soft thresholding.
 
     Example:
         >>> import torch
-        >>> L1([torch.nn.Parameter(torch.tensor([[1.0, -2.0]]))], lam=0.5)().item()
-        1.5
+        >>> weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0, 0.25]]))
+        >>> L1([weight], lam=0.5)().item()
+        1.625
+        >>> L1([weight], lam=0.5, mode="proximal").shrink_(lr=1.0)
+        >>> weight.tolist()
+        [[0.5, -1.5, 0.0]]
     """
 
     family = "l1"
+
+    def __init__(
+        self,
+        model: Weights,
+        lam: float | Tensor | None = None,
+        *,
+        mode: str = "loss",
+        eps: float = 1e-8,
+        r: float | None = None,
+        exclude: Exclude = (),
+    ) -> None:
+        self._set_mode(mode, ("loss", "decoupled", "proximal"))
+        super().__init__(model, lam, eps=eps, r=r, exclude=exclude)
+        if self._on_weights():
+            if self.r != 0:
+                raise ValueError(f'L1: mode "{mode}" has no smoothing: r must be 0, got {self.r}')
+            for weight in self._choice.weights:
+                refuse_overlap(weight.param, f"L1: {weight.label()}")
 
     def formula(self, mean: Tensor, var: Tensor, numel: Tensor, total: float) -> Tensor:
         return numel * mean
 
     def derivatives(self, mean: Tensor, var: Tensor, numel: Tensor, total: float) -> tuple[Tensor, Tensor, Tensor]:
         return numel * mean, numel, torch.zeros_like(var)
+
+    def _shrink(
+        self, places: Sequence[int], which: Sequence[int], lrs: Sequence[float | Tensor], found_inf: Tensor | None
+    ) -> None:
+        if not self._off():
+            weights = [self._choice.weights[i].current() for i in places]
+            amounts = [lr * self.lam for lr in lrs]
+            shrink_(weights, which, amounts, proximal=self.mode == "proximal", found_inf=found_inf)
 
 
 class L2(Regularizer):

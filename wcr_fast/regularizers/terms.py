@@ -78,6 +78,8 @@ class Term:
                 raise ValueError(f"{type(self).__name__}: lam must be a number or a 0-d tensor, got {value.dim()}-d")
             self._lam: float | Tensor = value
             return
+        if self._on_weights() and float(value) < 0:
+            raise ValueError(f"{type(self).__name__}: lam must be >= 0 in this mode, got {value}")
         if not abs(float(value)) < float("inf"):
             raise ValueError(f"{type(self).__name__}: lam must be finite, got {value}")
         self._lam = float(value)
