@@ -26,6 +26,7 @@ from wcr_fast.regularizers import (
     LogConcentration,
     Regularizer,
     RelativeConcentration,
+    StrengthSchedule,
     Sum,
 )
 from wcr_fast.score import Score
@@ -46,6 +47,7 @@ __all__ = [
     "Regularizer",
     "RelativeConcentration",
     "Score",
+    "StrengthSchedule",
     "Sum",
     "backend",
     "column_norms",

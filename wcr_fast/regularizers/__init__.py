@@ -14,6 +14,7 @@ from wcr_fast.regularizers.family import (
     LogConcentration,
     RelativeConcentration,
 )
+from wcr_fast.regularizers.strength import StrengthSchedule
 from wcr_fast.regularizers.terms import Sum, Term
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LogConcentration",
     "Regularizer",
     "RelativeConcentration",
+    "StrengthSchedule",
     "Sum",
     "Term",
 ]
