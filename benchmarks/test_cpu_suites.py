@@ -12,9 +12,9 @@ pytest.importorskip("pytest_benchmark", reason='pytest-benchmark is not installe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ isn't installed
 
 from benchmarks.harness import Cpu, WrongResult
-from benchmarks.suites import optimizer_step, penalty, select_mask
+from benchmarks.suites import optimizer_step, penalty, perturb, select_mask
 
-CASES = [case for suite in (penalty, optimizer_step, select_mask) for case in suite.cases(Cpu(), quick=False)]
+CASES = [case for suite in (penalty, optimizer_step, select_mask, perturb) for case in suite.cases(Cpu(), quick=False)]
 SIDES = [
     pytest.param(case, side, id=f"{case.list}-{case.dtype}-{case.op}-{side.name}".replace(" ", "_"))
     for case in CASES

@@ -70,7 +70,7 @@ class Site:
     """A parameter to perturb: its values on this rank, room for their copy, and how far it goes."""
 
     param: Tensor
-    weight: Tensor  # the parameter itself, or a DTensor's local shard
+    weight: Tensor  # its values, or a DTensor's local shard; detached
     saved: Tensor  # dense
     rho: float
     eta: float = -1.0  # directions and distances are scaled by |w| + eta; below 0 they are not

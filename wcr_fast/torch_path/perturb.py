@@ -38,7 +38,7 @@ def _row_norms(x: Tensor) -> Iterator[Tensor]:
 
 def _flat(site: Site, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return weight and gradient in step, 1-d, and what has to be copied back to the weight: its elements have gaps."""
-    weight = site.weight.detach()
+    weight = site.weight
     dense = weight if is_dense(weight) else weight.contiguous()
     if not same_layout(grad, dense):
         grad = torch.empty_like(dense, dtype=grad.dtype).copy_(grad)
@@ -69,15 +69,18 @@ def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) ->
     """Return the sum of all (T g)^2, [1] in float64 where the device has it, on the first weight's device."""
     scratch, norms, small = Scratch(0.0), [], []
     for site, grad in zip(sites, grads, strict=True):
-        if not _is_plain(site, grad, keep_zeros):
+        if site.eta >= 0 or keep_zeros:
             w, g, _ = _flat(site, grad)
             for _, direction, _ in _directions(site, w, g, keep_zeros, scratch):
                 norms.extend(_row_norms(direction))
         elif grad.numel() <= SMALL:
-            small.append(grad.detach())
+            small.append(grad)
         else:
             norms.extend(_row_norms(flat_view(grad)))
-    norms += [norm.view(1) for norm in torch._foreach_norm(small)] if small else []
+    for narrow in (True, False):
+        alike = [g for g in small if (g.element_size() == 2) == narrow]
+        if alike:
+            norms += [n.view(1) for n in torch._foreach_norm(alike, dtype=torch.float32 if narrow else None)]
     device = sites[0].weight.device
     return torch.cat([n.to(device, stats_dtype(device)) for n in norms]).square_().sum(0, keepdim=True)
 
@@ -85,21 +88,24 @@ def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) ->
 def ascend_(sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | None, keep_zeros: bool) -> None:
     """Save the weights, then add rho T^2 g to them, divided by the root of the squares where they are given."""
     length = 1.0 if squares is None else squares.sum().sqrt().item() + 1e-12
-    torch._foreach_copy_([s.saved for s in sites], [s.weight.detach() for s in sites])
+    torch._foreach_copy_([s.saved for s in sites], [s.weight for s in sites])
     scratch = Scratch(0.0)
     plain: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for site, grad in zip(sites, grads, strict=True):
         scale = site.rho / length
         if _is_plain(site, grad, keep_zeros):
-            plain.setdefault(scale, []).append((site.weight.detach(), grad.detach()))
+            plain.setdefault(scale, []).append((site.weight, grad))
             continue
         w, g, copy = _flat(site, grad)
         for block, direction, t in _directions(site, w, g, keep_zeros, scratch):
             if t is not None:
                 direction = direction.mul_(t)
-            torch.add(block, direction, alpha=scale, out=block)  # in the wider dtype, rounded once
+            if block.dtype == direction.dtype:
+                block.add_(direction, alpha=scale)
+            else:  # rounded once
+                block.copy_(scratch.take("w", block, direction.dtype).copy_(block).add_(direction, alpha=scale))
         if copy is not None:
-            site.weight.detach().copy_(copy)
+            site.weight.copy_(copy)
     for scale, pairs in plain.items():
         torch._foreach_add_(*map(list, zip(*pairs, strict=True)), alpha=scale)
 
@@ -108,5 +114,5 @@ def restore_(sites: Sequence[Site], masked: Sequence[Tensor | None] | None = Non
     """Put the saved weights back; before that, set gradients in ``masked`` to zero where their weight is."""
     for site, grad in zip(sites, masked or (), strict=False):
         if grad is not None:
-            grad.detach().masked_fill_(site.weight.detach() == 0, 0.0)
-    torch._foreach_copy_([s.weight.detach() for s in sites], [s.saved for s in sites])
+            grad.masked_fill_(site.weight == 0, 0.0)
+    torch._foreach_copy_([s.weight for s in sites], [s.saved for s in sites])
