@@ -30,10 +30,25 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wcr_fast.kernels import count, joint, keep, mask, moments, nm, perturb, rows, shrink, step, survey, track, window
+from wcr_fast.kernels import (
+    count,
+    groups,
+    joint,
+    keep,
+    mask,
+    moments,
+    nm,
+    perturb,
+    rows,
+    shrink,
+    step,
+    survey,
+    track,
+    window,
+)
 from wcr_fast.kernels.launch import Variant
 
-MODULES = (moments, joint, window, count, survey, rows, mask, nm, keep, shrink, step, track, perturb)
+MODULES = (moments, joint, groups, window, count, survey, rows, mask, nm, keep, shrink, step, track, perturb)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -69,6 +84,7 @@ EXCESSES = (
     Excess("_mask_kernel", "wanda", "an integer division finds every weight's column"),
     Excess("_fine_kernel", "bfloat16 normalised", "two bytes leave time for the magnitude's arithmetic only"),
     Excess("_joint_moments_kernel", "float16 r=1e-08, 0.0", "two bytes leave time for most of two smoothings' sums"),
+    Excess("_group_scale_kernel", "float16 add", "two multiplications each find a weight's row and its column"),
     Excess("_rows_kernel", "float16", "its histogram consists of ballots", before=(3, 8)),
 )
 

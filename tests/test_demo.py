@@ -1,5 +1,6 @@
 """The demo: its data, plan, training runs, worker processes and command."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from wcr_fast import cli
-from wcr_fast.experiments import command, digits, plan, sweep, train
+from wcr_fast.experiments import command, digits, methods, plan, sweep, train
 from wcr_fast.experiments.progress import Progress
 from wcr_fast.report import files
 
@@ -70,32 +71,52 @@ def test_the_net_has_the_stated_weights():
 
 
 def test_every_method_has_the_same_number_of_strengths():
-    for method in plan.METHODS:
-        assert len(set(method.ladder)) == plan.LADDER_STEPS
+    for method in methods.ALL:
+        assert len(set(method.ladder)) == methods.LADDER_STEPS
         assert list(method.ladder) == sorted(method.ladder)
     for size in plan.PLANS.values():
         runs = size.runs()
-        assert len(runs) == len(set(runs)) == len(plan.METHODS) * len(size.steps) * len(size.seeds)
-        counts = {m.key: sum(run.method == m.key for run in runs) for m in plan.METHODS}
+        assert len(runs) == len(set(runs)) == len(size.methods) * len(size.steps) * len(size.seeds)
+        counts = {key: sum(run.method == key for run in runs) for key in size.methods}
         assert len(set(counts.values())) == 1
     assert len(plan.PLANS["full"].seeds) >= 5
     assert len(plan.PLANS["full"].steps) >= 6
 
 
-@pytest.mark.parametrize("method", plan.METHODS, ids=lambda m: m.key)
-def test_each_method_trains_with_its_own_penalty(method):
-    penalties = method.penalties(digits.build_net(), method.ladder[0])
-    names = {
-        "sgd": [],
-        "l1": ["L1"],
-        "hoyer_square": ["HoyerSquare"],
-        "wcr": ["WCR"],
-        "l1+wcr": ["L1", "WCR"],
-        "log": ["LogConcentration"],
-    }
-    assert [type(p).__name__ for p in penalties] == names[method.key]
-    assert all(p.lam == method.ladder[0] for p in penalties[:1])
-    assert method.weight_decay(0.25) == (0.25 if method.key == "sgd" else plan.WEIGHT_DECAY)
+PENALTIES = {
+    "sgd": [],
+    "l1": ["L1"],
+    "l1 decoupled": ["L1"],
+    "l1 proximal": ["L1"],
+    "l2": ["L2"],
+    "hoyer_square": ["HoyerSquare"],
+    "wcr": ["WCR"],
+    "log": ["LogConcentration"],
+    "relative": ["RelativeConcentration"],
+    "group_lasso": ["GroupLasso"],
+    "group_hoyer_square": ["GroupHoyerSquare"],
+    **{key: [] for key in ("sam", "asam", "cram", "cram+", "s2sam")},
+}
+
+
+@pytest.mark.parametrize("method", methods.ALL, ids=lambda m: m.key)
+def test_each_method_trains_by_its_own_means(method):
+    net, strength = digits.build_net(), method.ladder[0]
+    penalties, optimizer = method.penalties(net, strength), method.optimizer(net, strength)
+    alone = method.key.removesuffix("+wcr")
+    assert [type(p).__name__ for p in penalties] == PENALTIES[alone] + ["WCR"] * (alone != method.key)
+    assert all(p.lam == strength for p in penalties[:1] if PENALTIES[alone])
+    names = {"sam": "SAM", "asam": "ASAM", "cram": "CrAM", "cram+": "CrAMPlus", "s2sam": "S2SAM"}
+    assert type(optimizer).__name__ == names.get(alone, "SGD")
+    assert optimizer.param_groups[0].get("rho", strength) == strength
+    assert optimizer.param_groups[0]["weight_decay"] == (strength if alone == "sgd" else methods.WEIGHT_DECAY)
+
+
+def test_all_methods_come_alone_and_with_wcr():
+    keys = [m.key for m in methods.ALL]
+    assert len(keys) == len(set(keys))
+    assert set(PENALTIES) == {key for key in keys if not key.endswith("+wcr")}
+    assert {f"{key}+wcr" for key in PENALTIES} - {"sgd+wcr", "wcr+wcr"} == {k for k in keys if k.endswith("+wcr")}
 
 
 # Runs ------------------------------------------------------------------------------------------------------------
@@ -122,15 +143,15 @@ def test_a_row_holds_what_was_counted(data, one_thread):
 
 
 def test_a_diverged_run_is_marked(data, one_thread, monkeypatch):
-    monkeypatch.setattr(plan, "LEARNING_RATE", 1e30)
+    monkeypatch.setattr(methods, "LEARNING_RATE", 1e30)
     row = train.execute(plan.Run("sgd", 5e-4, 0, 1), data)
     assert row["diverged"]
     assert set(row["correct"]["as_is"]["test"]) == {0}
 
 
 def test_two_demos_agree_bit_for_bit_whatever_the_workers(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(plan, "METHODS", tuple(plan.BY_KEY[key] for key in ("sgd", "l1+wcr")))
-    first, second = command.run_plan(TINY, workers=1), command.run_plan(TINY, workers=2)
+    two = dataclasses.replace(TINY, methods=("sgd", "l1+wcr"))
+    first, second = command.run_plan(two, workers=1), command.run_plan(two, workers=2)
     assert [row["weights_sha256"] for row in first["runs"]] == [row["weights_sha256"] for row in second["runs"]]
     assert first["digest"] == second["digest"]
     assert [row["method"] for row in first["runs"]] == ["sgd", "l1+wcr"]

@@ -34,6 +34,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--quick", action="store_true", help="under half a minute: short runs, two strengths each")
     size.add_argument("--full", action="store_true", help="five seeds, six strengths: about ten minutes")
     size.add_argument(
+        "--methods",
+        action="store_true",
+        help="every regularizer and optimizer, alone and with WCR: about MINUTES minutes",
+    )
+    size.add_argument(
         "--from", dest="source", type=Path, metavar="RESULTS", help="draw the report of a results.json again"
     )
     parser.add_argument(
@@ -51,9 +56,9 @@ def run_plan(plan: Any, workers: int | None = None) -> dict[str, Any]:
         plan: a ``wcr_fast.experiments.plan.Plan``.
         workers: number of processes; default one for each core, at most eight.
     """
-    from wcr_fast.experiments import digits, sweep
+    from wcr_fast.experiments import digits, methods, sweep
     from wcr_fast.experiments.progress import Progress
-    from wcr_fast.experiments.train import MAGNITUDE_EDGES
+    from wcr_fast.experiments.train import MAGNITUDE_EDGES, held_copies
     from wcr_fast.report.files import SCHEMA, digest
 
     start = time.monotonic()
@@ -80,6 +85,11 @@ def run_plan(plan: Any, workers: int | None = None) -> dict[str, Any]:
         "magnitude_edges": MAGNITUDE_EDGES.tolist(),
         "runs": rows,
     }
+    if plan.size == "methods":
+        part = digits.prepare(*digits.read_digits()).train
+        results["made"]["held_copies"] = {
+            key: round(held_copies(key, methods.BY_KEY[key].ladder[0], part), 4) for key in plan.methods
+        }
     return {**results, "digest": digest(results)}
 
 
@@ -89,11 +99,18 @@ def write_report(results: dict[str, Any], folder: Path) -> str:
 
     files.write_file(folder / "results.json", files.dump_results(results).encode())
     summary = statistics.summarise(results)
-    images = figures.all_figures(summary)
+    costs = statistics.costs(results) if "held_copies" in results["made"] else None
+    drawn = summary
+    if costs:  # thirty curves can't be told apart
+        drawn = statistics.restricted(summary, statistics.leading(summary, 6, tables.METHOD_SPARSITIES))
+    images = figures.all_figures(drawn)
     for name, image in images.items():
         files.write_file(folder / name, image)
-    files.write_file(folder / "report.html", page.render_page(results, summary, images).encode())
-    shown = [tables.text_table(summary, protocol) for protocol in statistics.PROTOCOLS]
+    files.write_file(folder / "report.html", page.render_page(results, summary, images, costs).encode())
+    if costs:
+        shown = [tables.text_methods(summary, costs)]
+    else:
+        shown = [tables.text_table(summary, protocol) for protocol in statistics.PROTOCOLS]
     names = ", ".join(["results.json", *images, "report.html"])
     made = f"{len(results['runs'])} runs, {results['made']['seconds']:.0f} s, digest {results['digest'][:16]}"
     return "\n\n".join([*shown, textwrap.fill(statistics.RULE, 80), f"{made}\nWritten to {folder}: {names}"])
@@ -123,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         _prepare(args.out)
         from wcr_fast.experiments.plan import PLANS
 
-        size = "quick" if args.quick else "full" if args.full else "default"
+        size = next((name for name in ("quick", "full", "methods") if getattr(args, name)), "default")
         results = run_plan(PLANS[size], args.workers)
     sys.stdout.write(write_report(results, args.out) + "\n")
     return 0

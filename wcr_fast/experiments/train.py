@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 import warnings
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wcr_fast.experiments import plan
+from wcr_fast.experiments import methods, plan
 from wcr_fast.experiments.digits import Digits, Part, build_net
 from wcr_fast.pruning.curve import pruning_curve
 
@@ -21,23 +22,24 @@ MAGNITUDE_EDGES = 10.0 ** (np.arange(-64, 9) / 8)
 
 
 def train(run: plan.Run, train_part: Part) -> nn.Module:
-    """Return the net of one run, trained: the only training loop of the demo.
+    """Return the net of one run, trained, in eval mode."""
+    return _train(run, train_part)[0].eval()
 
-    The seed fixes initialisation and the order of batches, so all methods start alike. The penalties add
-    their gradient before each optimizer step. An incomplete last batch of an epoch is dropped.
+
+def _train(run: plan.Run, train_part: Part) -> tuple[nn.Module, torch.optim.Optimizer, list[Any]]:
+    """Train one run, the only training loop of the demo; return the net, its optimizer and its penalties.
+
+    The seed fixes initialisation and the order of batches, so all methods start alike. An optimizer evaluates the
+    closure as often as its method asks; penalties act in its step. An incomplete last batch of an epoch is dropped.
     """
-    method = plan.BY_KEY[run.method]
+    method = methods.BY_KEY[run.method]
     shuffle = torch.Generator().manual_seed(run.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         net = build_net()
-    optimizer = torch.optim.SGD(
-        net.parameters(),
-        lr=plan.LEARNING_RATE,
-        momentum=plan.MOMENTUM,
-        weight_decay=method.weight_decay(run.strength),
-    )
-    for penalty in method.penalties(net, run.strength):
+    optimizer = method.optimizer(net, run.strength)
+    penalties = method.penalties(net, run.strength)
+    for penalty in penalties:
         penalty.attach(optimizer)
     per_epoch = len(train_part) // plan.BATCH_SIZE
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * per_epoch)
@@ -45,12 +47,37 @@ def train(run: plan.Run, train_part: Part) -> nn.Module:
     for _ in range(run.epochs):
         order = torch.randperm(len(train_part), generator=shuffle)
         for rows in order[: per_epoch * plan.BATCH_SIZE].split(plan.BATCH_SIZE):
-            loss = F.cross_entropy(net(train_part.images[rows]), train_part.labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+
+            def closure(rows: Tensor = rows) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(net(train_part.images[rows]), train_part.labels[rows])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
             schedule.step()
-    return net.eval()
+    return net, optimizer, penalties
+
+
+def held_copies(method: str, strength: float, train_part: Part) -> float:
+    """Return how much memory a method holds between two steps beyond net and gradients, in copies of the parameters.
+
+    Tensors are counted that training for an epoch left behind: states, copies, caches; plain SGD's momentum is one.
+    """
+    before = _storages()
+    net, optimizer, penalties = _train(plan.Run(method, strength, 0, 1), train_part)
+    of_net = {t.untyped_storage().data_ptr() for t in (*net.parameters(), *net.buffers())}
+    of_net |= {p.grad.untyped_storage().data_ptr() for p in net.parameters() if p.grad is not None}
+    held = sum(size for place, size in _storages().items() if place not in before and place not in of_net)
+    del optimizer, penalties
+    return held / sum(p.numel() * p.element_size() for p in net.parameters())
+
+
+def _storages() -> dict[int, int]:
+    """Return the sizes in bytes of all tensors there are, by address."""
+    gc.collect()
+    found = [t.untyped_storage() for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
 
 
 @torch.no_grad()
@@ -101,6 +128,7 @@ def execute(run: plan.Run, digits: Digits) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         net = train(run, digits.train)
+    trained = time.perf_counter() - start
     diverged = not all(bool(torch.isfinite(w).all()) for w in _weights(net))
     if diverged:
         nothing = {"val": [0] * len(plan.SPARSITIES), "test": [0] * len(plan.SPARSITIES)}
@@ -120,5 +148,6 @@ def execute(run: plan.Run, digits: Digits) -> dict[str, Any]:
         "correct": correct,
         "magnitudes": [0] * (len(MAGNITUDE_EDGES) - 1) if diverged else _count_magnitudes(net),
         "weights_sha256": _digest(net),
+        "train_seconds": round(trained, 3),
         "seconds": round(time.perf_counter() - start, 3),
     }

@@ -33,7 +33,8 @@ def write_file(path: Path, content: bytes) -> None:
 
 def digest(results: Results) -> str:
     """Return the SHA-256 of all that repeats between two runs of one plan: durations and the machine don't count."""
-    runs = [{key: value for key, value in row.items() if key != "seconds"} for row in results["runs"]]
+    durations = ("seconds", "train_seconds")
+    runs = [{key: value for key, value in row.items() if key not in durations} for row in results["runs"]]
     text = json.dumps([results["plan"], results["data"], runs], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

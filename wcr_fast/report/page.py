@@ -7,7 +7,7 @@ import html
 from collections.abc import Mapping, Sequence
 
 from wcr_fast.report import tables
-from wcr_fast.report.statistics import PROTOCOLS, RULE, Results, Summary, differences
+from wcr_fast.report.statistics import PROTOCOLS, RULE, Cost, Results, Summary, differences
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -46,6 +46,10 @@ FIGURES = {
 
 PAIRS = (("wcr", "sgd"), ("l1", "sgd"), ("l1+wcr", "l1"))
 
+UNTRIED = (
+    "The L1, Hoyer-Square and concentration penalties act through the optimizer's gradient as published "
+    "subgradients; proximal variants were not tried."
+)
 LIMITS = (
     "One tiny data set (1,797 images of 8 x 8 pixels) and one small net: nothing here says what happens on large "
     "images, deep nets or language models.",
@@ -59,8 +63,7 @@ LIMITS = (
     "The strengths were chosen on {val} validation images with the same seeds that are then tested.",
     "Only one-shot global magnitude pruning, without any training afterwards; other criteria, per-layer budgets "
     "or fine-tuning may change the order.",
-    "The L1, Hoyer-Square and concentration penalties act through the optimizer's gradient as published "
-    "subgradients; proximal variants were not tried.",
+    UNTRIED,
     "Nothing about speed: removed weights are stored as zeros and computed with all the same. The durations below "
     "belong to this demo on this machine.",
     "The numbers repeat exactly on the same machine and versions; another processor or library may round "
@@ -94,7 +97,8 @@ def _list(texts: Sequence[str]) -> str:
 def _limits(results: Results) -> str:
     sizes = results["data"]["sizes"]
     values = {"image": 100 / sizes["test"], "val": sizes["val"], "decay": results["plan"]["weight_decay"]}
-    return _list([text.format(**values) for text in LIMITS])
+    limits = [text for text in LIMITS if "l1 proximal" not in results["plan"]["methods"] or text != UNTRIED]
+    return _list([text.format(**values) for text in limits])
 
 
 def _facts(results: Results) -> str:
@@ -144,13 +148,16 @@ def _warnings(results: Results, summary: Summary) -> list[str]:
     return texts
 
 
-def render_page(results: Results, summary: Summary, images: Mapping[str, bytes]) -> str:
+def render_page(
+    results: Results, summary: Summary, images: Mapping[str, bytes], costs: Mapping[str, Cost] | None = None
+) -> str:
     """Return the report as one HTML document.
 
     Args:
         results: the content of results.json.
         summary: its statistics.
         images: file name -> PNG, as from ``all_figures``.
+        costs: of every method, for a comparison of all of them.
     """
     tested = [(s, p) for p in PROTOCOLS for s in (0.95, 0.98) if s in summary.sparsities]
     findings = [tables.ranking(summary, sparsity, protocol) for sparsity, protocol in tested]
@@ -170,6 +177,7 @@ page.</p>
 <h2>What was measured</h2>
 {_list(findings)}
 {_paragraphs([tables.seeds_note(summary), *_warnings(results, summary)])}
+{tables.html_methods(summary, costs) if costs else ""}
 {tables.html_accuracy(summary, "as_is")}
 {tables.html_accuracy(summary, "re_estimated")}
 <h2>Same seeds, differences</h2>

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -174,3 +175,46 @@ def differences(results: Results, run: tuple[str, float], base: tuple[str, float
     """
     a, b = (accuracies(results, method, strength, protocol, "test") for method, strength in (run, base))
     return Curve((a - b).mean(axis=0), _std(a - b))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method takes beside plain SGD: training time as a ratio, and memory held in copies of the parameters."""
+
+    time: float
+    copies: float
+
+
+def costs(results: Results) -> dict[str, Cost]:
+    """Return the cost of every method; the time of training is the median over its runs."""
+
+    def seconds(method: str) -> float:
+        return float(np.median([row["train_seconds"] for row in results["runs"] if row["method"] == method]))
+
+    held, plain = results["made"]["held_copies"], seconds("sgd")
+    return {key: Cost(seconds(key) / plain, held[key] - held["sgd"]) for key in results["plan"]["methods"]}
+
+
+def leading(summary: Summary, count: int, sparsities: Sequence[float]) -> list[str]:
+    """Return plain SGD and the methods with the highest mean test accuracy at these sparsities, as pruned."""
+    columns = [summary.column(s) for s in sparsities]
+    means = {method: float(curve.mean[columns].mean()) for method, curve in summary.test["as_is"].items()}
+    best = sorted((m for m in means if m != "sgd"), key=lambda m: -means[m])
+    return [m for m in summary.labels if m == "sgd" or m in best[: count - 1]]
+
+
+def restricted(summary: Summary, methods: Sequence[str]) -> Summary:
+    """Return the summary of some of the methods."""
+
+    def some(values: dict[str, Any]) -> dict[str, Any]:
+        return {method: values[method] for method in methods}
+
+    return replace(
+        summary,
+        labels=some(summary.labels),
+        knobs=some(summary.knobs),
+        strengths=some(summary.strengths),
+        chosen=some(summary.chosen),
+        test={protocol: some(curves) for protocol, curves in summary.test.items()},
+        magnitudes=some(summary.magnitudes),
+    )

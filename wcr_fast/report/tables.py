@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from wcr_fast.report.statistics import PROTOCOLS, Curve, Strength, Summary
+from wcr_fast.report.statistics import PROTOCOLS, Cost, Curve, Strength, Summary
 
 
 def percent(sparsity: float) -> str:
@@ -103,6 +103,50 @@ def html_ladders(summary: Summary) -> str:
 
     rows = [row(entry) for entries in summary.strengths.values() for entry in entries]
     return _html(head, rows, "Validation accuracy in %, mean over the seeds")
+
+
+#: Of the table of all methods.
+METHOD_SPARSITIES = (0.9, 0.95, 0.98)
+
+
+def methods_rows(summary: Summary, costs: Mapping[str, Cost]) -> list[list[str]]:
+    """Return head and rows of the table of all methods: accuracies at the chosen strengths, and what they cost."""
+    shown = [(s, p) for p in PROTOCOLS for s in METHOD_SPARSITIES]
+    head = ["method", "strength", "dense", *(percent(s) + (" *" if p != "as_is" else "") for s, p in shown)]
+    rows = [[*head, "time", "copies"]]
+    dense = summary.column(0.0)
+    for method, label in summary.labels.items():
+        values = [cells(summary.test["as_is"][method])[dense]]
+        values += [cells(summary.test[p][method])[summary.column(s)] for s, p in shown]
+        cost = costs[method]
+        rows.append([label, f"{summary.chosen[method]:g}", *values, f"{cost.time:.2f}", f"{cost.copies:.2f}"])
+    return rows
+
+
+def methods_caption(summary: Summary) -> str:
+    """Say what the table of all methods holds."""
+    return (
+        f"Test accuracy in %, mean ± standard deviation of {len(summary.seeds)} seeds, at the strength chosen on the "
+        "validation part; * with batch norm re-estimated. time: of training, plain SGD = 1. copies: memory held "
+        "between steps beyond plain SGD's, in copies of the parameters."
+    )
+
+
+def text_methods(summary: Summary, costs: Mapping[str, Cost]) -> str:
+    """Return the table of all methods for the terminal."""
+    rows = methods_rows(summary, costs)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([textwrap.fill(methods_caption(summary), 100), "", *lines])
+
+
+def html_methods(summary: Summary, costs: Mapping[str, Cost]) -> str:
+    """Return the table of all methods for the page."""
+    head, *rows = methods_rows(summary, costs)
+    return _html(head, rows, methods_caption(summary))
 
 
 def ranking(summary: Summary, sparsity: float, protocol: str) -> str:
