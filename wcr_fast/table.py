@@ -118,6 +118,14 @@ def constants_on(values: tuple[float, ...], dtype: torch.dtype, device: torch.de
     return upload(np.array(values, dtype=np.float64), device).to(dtype)
 
 
+def numbers_on(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Return numbers, some of them perhaps 0-d tensors, as float64 on a device, without waiting for it."""
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return constants_on(tuple(numbers), torch.float64, device)
+    tensors = (torch.as_tensor(number, dtype=torch.float64) for number in numbers)
+    return torch.stack([t.to(device, non_blocking=True) for t in tensors])
+
+
 def send(array: np.ndarray, device: torch.device, into: Tensor | None) -> Tensor:
     """Copy a small array over a tensor that stays where it is (a captured graph reads it there), or to a new one."""
     if into is None:

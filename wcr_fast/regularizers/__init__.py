@@ -14,6 +14,7 @@ from wcr_fast.regularizers.family import (
     LogConcentration,
     RelativeConcentration,
 )
+from wcr_fast.regularizers.groups import GroupHoyerSquare, GroupLasso
 from wcr_fast.regularizers.strength import StrengthSchedule
 from wcr_fast.regularizers.terms import Sum, Term
 
@@ -23,6 +24,8 @@ __all__ = [
     "VAR",
     "WCR",
     "FromMoments",
+    "GroupHoyerSquare",
+    "GroupLasso",
     "HoyerSquare",
     "LogConcentration",
     "Regularizer",

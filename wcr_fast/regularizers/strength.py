@@ -38,10 +38,10 @@ class StrengthSchedule:
         >>> import torch, wcr_fast
         >>> wcr = wcr_fast.WCR(torch.nn.Linear(8, 4), lam=1.0)
         >>> schedule = StrengthSchedule(wcr, 5, warmup=2, off_after=4)
-        >>> for _ in range(5):
-        ...     print(wcr.lam, end=" ")
-        ...     schedule.step()
-        0.0 0.5 1.0 1.0 0.0
+        >>> for _ in range(3):
+        ...     schedule.step()  # after the optimizer's step
+        >>> wcr.lam, [schedule.factor(t) for t in range(5)]
+        (1.0, [0.0, 0.5, 1.0, 1.0, 0.0])
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wcr_fast.kernels.launch import CHUNK
 from wcr_fast.kernels.shrink import launch_shrink
-from wcr_fast.table import build_table, constants_on, group, on_device
+from wcr_fast.table import build_table, group, numbers_on, on_device
 from wcr_fast.triton_path.moments import dense
 
 
@@ -43,11 +43,3 @@ def shrink_(
     for tensor, copy in zip(tensors, filled, strict=True):
         if copy.data_ptr() != tensor.data_ptr():
             tensor.copy_(copy)
-
-
-def numbers_on(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    """Return numbers, some of them perhaps 0-d tensors, as float64 on a device, without waiting for it."""
-    if not any(isinstance(number, Tensor) for number in numbers):
-        return constants_on(tuple(numbers), torch.float64, device)
-    tensors = (torch.as_tensor(number, dtype=torch.float64) for number in numbers)
-    return torch.stack([t.to(device, non_blocking=True) for t in tensors])
