@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TRITON_SKIP
 
 import wcr_fast
@@ -41,3 +42,38 @@ def test_readme_links_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+def sections(text, level):
+    """Headings of a level -> what stands below, up to the next heading of any level."""
+    found = re.findall(rf"^{'#' * level} (.+)\n((?:(?!^#+ ).*\n?)*)", text, flags=re.MULTILINE)
+    return {heading.strip(): re.findall(r"```python\n(.*?)```", body, flags=re.DOTALL) for heading, body in found}
+
+
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+EXAMPLES = {**sections(METHODS, 3), "Strengths that change": sections(METHODS, 2)["Strengths that change"]}
+
+
+def test_every_method_of_the_table_has_its_example():
+    anchors = re.findall(r"^\| \[.*?\]\(#(.*?)\)", METHODS, flags=re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", name.lower()).replace(" ", "-") for name in sections(METHODS, 3)}
+    assert set(anchors) == headings
+    kinds = (wcr_fast.regularizers.Term, wcr_fast.optim.PerturbedOptimizer)
+    bases = {"Regularizer", "Term", "PerturbedOptimizer", "TwoPassOptimizer", "VAR"}
+    for module in (wcr_fast.regularizers, wcr_fast.optim):
+        for name in set(module.__all__) - bases:
+            if isinstance(getattr(module, name), type) and issubclass(getattr(module, name), kinds):
+                assert name.lower() in anchors, name
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_of_the_methods(name, capsys):
+    (code,) = EXAMPLES[name]
+    assert len(code.strip().splitlines()) == 3
+    scope = {"__name__": "methods"}
+    exec(compile(sections(METHODS, 2)["In code"][0], "methods.md", "exec"), scope)
+    before = [p.detach().clone() for p in scope["model"].parameters()]
+    exec(compile(code, f"methods.md, {name}", "exec"), scope)
+    changed = not all(map(torch.equal, before, scope["model"].parameters()))
+    graded = any(p.grad is not None for p in scope["model"].parameters())
+    assert changed or graded or name == "Strengths that change"
