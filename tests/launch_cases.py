@@ -6,11 +6,13 @@ import traceback
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 from wcr_fast.kernels import launch as launching
 from wcr_fast.kernels import moments
 from wcr_fast.kernels.launch import launch
 
 from benchmarks.stub import StubDriver, stubbed
+from wcr_fast.optim import ASAM, SAM
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -121,6 +123,37 @@ def case_it_stands_aside(launches):
     assert launches[-1][7] is not None
     launching._DIRECT = True
     assert forms() == 1
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operations of torch that would be launches on a GPU."""
+
+    QUIET = ("empty", "detach", "view", "slice", "alias", "as_strided", "_to_copy", "lift_fresh", "t.default")
+
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not any(name in str(func) for name in self.QUIET):
+            self.noted.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def case_sam_takes_three_launches_a_dtype(launches):
+    for dtypes in ([torch.float32], [torch.float32, torch.bfloat16]):
+        params = [torch.nn.Parameter(torch.randn(n, 40).to(d)) for d in dtypes for n in (3, 900, 1)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        for kind in (SAM, ASAM):
+            optimizer = kind(params, torch.optim.SGD, lr=0.1)
+            for warm in (False, True):
+                launches.clear()
+                with Seen() as seen:
+                    optimizer.first_step()
+                    optimizer.restore()
+                assert len(launches) == 3 * len(dtypes), len(launches)
+                assert not (warm and seen.noted), seen.noted
 
 
 def main():

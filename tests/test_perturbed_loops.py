@@ -7,7 +7,7 @@ import warnings
 import pytest
 import reference_perturbed as reference
 import torch
-from conftest import CUDA
+from conftest import CUDA, needs_triton
 from test_perturbed import ALL, BASES, TWO_PASS, Everything, batch, close, closure_of, images, loss_on, net, same, step
 from torch import nn
 
@@ -515,6 +515,34 @@ def test_a_regularizer_acts_once_at_the_restored_weights(how):
         )
         reference.descend(plain, other, [a + b for a, b in zip(second, pull, strict=True)])
     assert close(mine, other, 1e-10)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ALL)
+def test_moments_are_carried_over_the_perturbation(name, monkeypatch):
+    """The fused penalty stays free: weights that were put back need no pass for their moments."""
+    from wcr_fast.triton_path.step import StepPlan
+
+    taken, take = [], StepPlan.take_moments
+    monkeypatch.setattr(StepPlan, "take_moments", lambda plan: (taken.append(1), take(plan)))
+    model, other = net(torch.float32).to(DEVICE), net(torch.float32).to(DEVICE)
+    with wcr_fast.backend("triton"):
+        make = ALL[name]
+        optimizer, plain = (make(m, wcr_fast.optim.SGD, lr=0.1, penalty="wcr", lam=1e-3) for m in (model, other))
+        for k in range(4):
+            x, y = (t.to(DEVICE) for t in batch(torch.float32, seed=k))
+            step(model, optimizer, loss_on(x, y))
+        assert len(taken) == 1
+        for k in range(4):
+            x, y = (t.to(DEVICE) for t in batch(torch.float32, seed=k))
+            plain.base_optimizer.weights_changed()
+            step(other, plain, loss_on(x, y))
+        assert len(taken) == 5
+        assert same(model, other)
+        with torch.no_grad():
+            model[0].weight.mul_(2.0)
+        step(model, optimizer, loss_on(x, y))
+        assert len(taken) == 6
 
 
 @pytest.mark.parametrize("base", ["sgd", "ours"])

@@ -59,13 +59,17 @@ def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) ->
         parts = [
             path.squares(_at(here, some), _at(_at(grads, places), some), keep_zeros) for path, some in _parts(here)
         ]
-        sums = torch.cat([p.to(parts[0].device) for p in parts]) if parts else _zero(here)
+        sums = _joined(parts) if parts else _zero(here)
         if groups:
             sums = sums.sum(0, keepdim=True)  # ranks may have other dtypes' sums, or none
             for group in groups:
                 torch.distributed.all_reduce(sums, group=group)
         found.append(sums)
-    return found[0] if len(found) == 1 else torch.cat([f.to(found[0].device) for f in found])
+    return _joined(found)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([p.to(parts[0].device) for p in parts])
 
 
 def _zero(sites: Sequence[Site]) -> Tensor:

@@ -378,6 +378,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._versions = versions
         self._penalty.warn_of_long_steps(self, self._slots, plan.stats)
 
+    def _moments_hold(self) -> bool:
+        """Tell whether the moments at hand are those of the weights as they are."""
+        return self._versions is not None and np.array_equal(self._versions, self._versions_now())
+
+    def _weights_restored(self) -> None:
+        """Take the weights for what they were when their moments held: who perturbed them has put them back."""
+        self._versions = self._versions_now()
+
     def _versions_now(self) -> np.ndarray:
         return np.array(list(map(_version, self._counted)), dtype=np.int64)
 

@@ -80,6 +80,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         """Be as between two steps."""
         self._sites: list[Site] | None = None  # of the parameters that are perturbed now
         self._room: dict[Tensor, Tensor] = {}
+        self._known = False  # the wrapped optimizer knew the weights' moments before they were perturbed
         self._statistics = FrozenStatistics()
         # A scaler knows passes by their ids until it updates: they are kept.
         self._first_passes: list[_Pass] = []
@@ -148,6 +149,8 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             if p in directions
         ]
         along = [directions[site.param] for site in sites]
+        hold = getattr(self.base_optimizer, "_moments_hold", None)
+        self._known = hold is not None and hold()
         self._sites = []
         if sites:
             length = squares(sites, along, self._keep_zeros) if normalised or self._scaled else None
@@ -177,6 +180,8 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             if sites:
                 restore_(sites, [masked.get(site.param) for site in sites] if masked else None)
                 torch.clear_autocast_cache()
+                if self._known:
+                    self.base_optimizer._weights_restored()
         finally:
             self._statistics.thaw()
 
@@ -262,7 +267,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self.perturbed:
             raise RuntimeError(f"{type(self).__name__}: the weights are perturbed: second_step() or restore() first")
-        left = ("_sites", "_room", "_statistics", "_first_passes", "_second_pass", "_passed", "_overflow")
+        left = ("_sites", "_room", "_known", "_statistics", "_first_passes", "_second_pass", "_passed", "_overflow")
         return {k: v for k, v in self.__dict__.items() if k not in left and not k.startswith(_HOOKS) and k != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

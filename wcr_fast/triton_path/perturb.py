@@ -42,9 +42,10 @@ def _aligned(sites: Sequence[Site], grads: Sequence[Tensor]) -> list[Tensor]:
 def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) -> Tensor:
     """Return sums of (T g)^2 that add up to that of all, float64 [K], on the first weight's device."""
     grads = _aligned(sites, grads)
-    home, found = sites[0].weight.device, []
-    for table, grad_dtype in _tables(sites, grads):
-        out = torch.empty(1, dtype=torch.float64, device=table.device)
+    home, tables = sites[0].weight.device, list(_tables(sites, grads))
+    out = torch.empty(len(tables), dtype=torch.float64, device=home)  # a launch writes one of them
+    for i, (table, grad_dtype) in enumerate(tables):
+        mine = out[i : i + 1] if table.device == home else torch.empty(1, dtype=torch.float64, device=table.device)
         with on_device(table.device):
             launch_squares(
                 table.rows,
@@ -52,16 +53,15 @@ def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) ->
                 table.addresses([grads[i] for i in table.positions]),
                 table.scratch("squares", table.num_chunks, torch.float64),
                 table.scratch("squares counter", 1, torch.int32),
-                out,
+                mine,
                 dtype=table.dtype,
                 grad_dtype=grad_dtype,
                 adaptive=any(sites[i].eta >= 0 for i in table.positions),
                 keep_zeros=keep_zeros,
             )
-        found.append(out.to(home))
-    return (
-        found[0] if len(found) == 1 else torch.cat(found) if found else torch.zeros(1, dtype=torch.float64, device=home)
-    )
+        if table.device != home:
+            out[i : i + 1] = mine.to(home)
+    return out
 
 
 def ascend_(sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | None, keep_zeros: bool) -> None:
