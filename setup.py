@@ -26,6 +26,7 @@ setup(
     ],
     extras_require={
         "demo": DEMO,
+        "trainers": ["transformers>=4.46", "accelerate>=1.0", "lightning>=2.4"],
         "bench": ["matplotlib>=3.8", "pytest-benchmark>=5"],
         "test": [
             *DEMO,

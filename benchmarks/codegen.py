@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -55,7 +55,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SCHEMA = "wcr-fast/codegen/2"
+SCHEMA = "wcr-fast/codegen/3"
 
 # 132 multiprocessors of 128 lanes at 1.98 GHz, over 4.3 TB/s that a copy reaches on an H200.
 INSTRUCTIONS_PER_BYTE = 7.8
@@ -247,13 +247,21 @@ def is_essential(variant: Variant) -> bool:
     return variant.essential and variant.constants.get("DTYPE") != tl.float16
 
 
+# What a form has in common, and what each target has of its own.
+COMMON = ("kernel", "variant", "budget")
+FIGURES = tuple(field.name for field in fields(Report) if field.name not in (*COMMON, "target"))
+
+
 def record(reports: list[Report]) -> str:
-    """Return the reports as JSON: a header, the names of the columns, and one line per compiled kernel."""
+    """Return the reports as JSON: a header, the names of the columns, and one line per form with all its targets."""
     problems = sum(bool(r.problems) for r in reports)
     head = {"schema": SCHEMA, "triton": triton.__version__, "compiled": len(reports), "problems": problems}
-    head["instructions_per_byte"] = INSTRUCTIONS_PER_BYTE
-    head["columns"] = [field.name for field in fields(Report)]
-    lines = ",\n".join("  " + json.dumps(astuple(r)) for r in reports)
+    head |= {"instructions_per_byte": INSTRUCTIONS_PER_BYTE, "columns": COMMON, "figures": FIGURES}
+    forms: dict[tuple, dict[str, list]] = {}
+    for r in reports:
+        common = tuple(getattr(r, name) for name in COMMON)
+        forms.setdefault(common, {})[r.target] = [getattr(r, name) for name in FIGURES]
+    lines = ",\n".join("  " + json.dumps([*common, targets]) for common, targets in forms.items())
     return json.dumps(head)[:-1] + f',\n "rows": [\n{lines}\n]}}'
 
 

@@ -30,7 +30,12 @@ def kernels_in_source():
 
 
 def rows_of(record):
-    return [dict(zip(record["columns"], row, strict=True)) for row in record["rows"]]
+    return [
+        {**dict(zip(record["columns"], common, strict=True)), "target": target}
+        | dict(zip(record["figures"], figures, strict=True))
+        for *common, targets in record["rows"]
+        for target, figures in targets.items()
+    ]
 
 
 @pytest.fixture(scope="module")
