@@ -183,6 +183,21 @@ def sums(dtype):
     return found
 
 
+def on_weights(dtype):
+    """L1 on the weights themselves, beside torch's SGD, against one process; groups that lie on several ranks."""
+    found = {}
+    for mode in ("proximal", "decoupled"):
+        model, plain = sharded(dtype), Net(dtype)
+        for net in (model, plain):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            wcr_fast.L1(net, lam=0.05, mode=mode).attach(optimizer)
+            train(net, optimizer, whole=net is plain, steps=5)
+        found[mode] = apart(model, plain)
+    with pytest.raises(TypeError, match=r"first\.weight is a DTensor, whose groups lie on several ranks"):
+        wcr_fast.GroupLasso(model)()
+    return found
+
+
 def moments(dtype):
     """Moments of cut layers, with equal magnitudes and a degenerate layer among them."""
     model, plain = sharded(dtype), Net(dtype)
@@ -373,6 +388,7 @@ CHECKS = {
         in_the_loss: BOTH,
         moments: BOTH,
         sums: (torch.float64,),
+        on_weights: (torch.float64,),
         resume: (torch.bfloat16,),
         placements: BOTH,
         ddp: BOTH,

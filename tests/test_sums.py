@@ -313,6 +313,24 @@ def test_in_a_fused_optimizer(backend, net, changing):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_l2_in_a_step_is_weight_decay(backend, device):
+    weights = [torch.randn(30, 20, device=device).requires_grad_() for _ in range(2)]
+    twins = [w.detach().clone().requires_grad_() for w in weights]
+    ours = SGD(weights, lr=0.1, momentum=0.9, penalty="l2", lam=0.3)
+    theirs = torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=0.3)
+    for _ in range(3):
+        for params, optimizer in ((weights, ours), (twins, theirs)):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+    for a, b in zip(weights, twins, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_var_is_the_first_name_of_wcr():
+    assert wcr_fast.VAR is wcr_fast.WCR
+
+
 def test_what_a_fused_optimizer_does_not_take(net):
     with pytest.raises(ValueError, match=r"differ in r.*attach it to the SGD"):
         SGD(net.parameters(), lr=0.1, penalty=wcr_fast.WCR(net) + wcr_fast.L1(net))

@@ -137,9 +137,10 @@ class Joint(Term):
     def _add_grad(self, indices: Sequence[int] | None, scale: Tensor | None) -> Added | None:
         if self._off():
             return None
-        if self._plan is not None and not torch.compiler.is_compiling():
-            addresses = self._plan.addresses()
-            if addresses is not None and self._plan.fits(self._state(indices)):
+        plan = self._plan
+        if plan is not None and not torch.compiler.is_compiling() and plan.fits(self._state(indices)):
+            addresses = plan.addresses()
+            if addresses is not None:
                 return self._run_plan(addresses, scale)
         return self._add_grad_anew(self._active() if indices is None else indices, indices, scale)
 

@@ -32,14 +32,11 @@ def shrink_(
 
 
 def _shrink_block(block: Tensor, amount: float, proximal: bool, scratch: Scratch) -> None:
-    wide = torch.float64 if block.dtype == torch.float64 else torch.float32
-    flat = block.reshape(-1)  # a copy where it has gaps
-    x = scratch.take("x", flat, wide).copy_(flat)
-    t = torch.tensor(amount, dtype=wide, device=x.device)
-    step = torch.sign(x, out=scratch.take("a", flat, wide)).mul_(t)
-    if proximal:  # NaN is no such magnitude: it stays
-        small = x.abs() <= t
-        x.sub_(step).masked_fill_(small, 0.0)
+    x = scratch.widened("x", block.reshape(-1))  # a copy where it has gaps
+    if proximal:
+        # NaN stays; what is small and negative becomes -0.0, and with 0.0 added to it +0.0.
+        torch.ops.aten.softshrink.out(x, amount, out=x).add_(0.0)
     else:
-        x.sub_(step)
-    block.copy_(x.view(block.shape))
+        x.add_(torch.sign(x, out=scratch.take("a", x, x.dtype)), alpha=-amount)
+    if x.data_ptr() != block.data_ptr():
+        block.copy_(x.view(block.shape))
