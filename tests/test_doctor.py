@@ -18,6 +18,7 @@ def test_all_right(monkeypatch, capsys):
     assert "WCR.add_grad_" in out
     assert "magnitude_masks 2:4" in out
     assert "AdamW step + WCR" in out
+    assert "SAM first_step + restore" in out
 
 
 def test_a_wrong_op_is_found(monkeypatch, capsys):

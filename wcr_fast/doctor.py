@@ -28,6 +28,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3, tor
 FAMILIES = (
     wcr_fast.WCR,
     wcr_fast.L1,
+    wcr_fast.L2,
     wcr_fast.HoyerSquare,
     wcr_fast.RelativeConcentration,
     wcr_fast.LogConcentration,
@@ -41,6 +42,7 @@ TIMED_ON_GPU = 100_000_000
 MIN_SIZE = 64
 SPARSITY = 0.9
 STEP_LR = 0.05  # of the optimizers' steps, whose largest is as long as a large weight
+SAM_RHO = 1.0
 SCOPES = ("global", "layer", "row", "2:4")
 
 
@@ -217,6 +219,7 @@ def checks(dtype: torch.dtype, reference: Reference) -> list[Check]:
     ):
         prepare = functools.partial(_step_call, kind=kind, lam=lam, options=options)
         listed.append(Check(f"{kind.__name__} step + WCR", arrays * item, TOLERANCE[dtype], prepare, error))
+    listed.append(Check("SAM first_step + restore", 7 * item, TOLERANCE[dtype], _sam_call, _sam_error))
     for scope in ("global", "layer"):
         prepare = functools.partial(_call, magnitude_threshold, scope=scope)
         error = functools.partial(_threshold_error, scope=scope)
@@ -263,6 +266,35 @@ def _step_error(params: list[Tensor], reference: Reference, *, lam: float) -> fl
     wanted = [w.double() - STEP_LR * lam * g for w, g in pairs]
     worst = max((p.detach().double().cpu() - w).abs().max().item() for p, w in zip(params, wanted, strict=True))
     return worst / max(w.abs().max().item() for w in wanted)
+
+
+def _sam_call(weights: list[Tensor]) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+    """Return a perturbation along the weights themselves, and the way back; the first call copies what it reaches."""
+    params = [w.clone().requires_grad_() for w in weights]
+    for p, w in zip(params, weights, strict=True):
+        p.grad = w
+    optimizer = wcr_fast.optim.SAM(params, torch.optim.SGD, lr=STEP_LR, rho=SAM_RHO)
+    reached: list[Tensor] = []
+
+    def call() -> tuple[list[Tensor], list[Tensor]]:
+        optimizer.first_step()
+        if not reached:
+            reached.extend(p.detach().clone() for p in params)
+        optimizer.restore()
+        return reached, params
+
+    return call
+
+
+def _sam_error(got: tuple[list[Tensor], list[Tensor]], reference: Reference) -> float:
+    length = sum((w.double() ** 2).sum() for w in reference.weights).sqrt()
+    worst = 0.0
+    for reached, back, w in zip(*got, reference.weights, strict=True):
+        if not torch.equal(back.detach().cpu(), w):
+            return float("inf")
+        wanted = w.double() * (1.0 + SAM_RHO / length)
+        worst = max(worst, ((reached.double().cpu() - wanted).abs().max() / wanted.abs().max()).item())
+    return worst
 
 
 def _call(op: Callable[..., Any], weights: list[Tensor], *, scope: str) -> Callable[[], Any]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from wcr_fast.table import capturing
+
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -42,9 +44,10 @@ class RandomState:
     """The state of torch's generators that a pass over parameters on these devices may draw from, to be replayed."""
 
     def __init__(self, params: Iterable[Tensor]) -> None:
-        self._devices = {p.device for p in params if p.device.type == "cuda"}
+        # While a graph is captured, the generator belongs to it.
+        devices = {p.device for p in params if p.device.type == "cuda" and not capturing(p.device)}
         self._cpu = torch.get_rng_state()
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in self._devices}
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
     def replay(self) -> None:
         """Set the generators back."""
