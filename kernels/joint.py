@@ -31,7 +31,7 @@ from ._tile import (
     narrow,
     wide,
 )
-from .launch import CHUNK, TRITON_DTYPES, Variant, config, float_pair, launch
+from .launch import CHUNK, TRITON_DTYPES, LaunchConfig, Variant, config, float_pair, launch
 from .moments import FAMILIES, add_moments, close_moments, formula, layer_stats, open_moments, put_stats
 
 #: numbers of a term: formula (its place in FAMILIES), eps, which r, N, lam
@@ -117,7 +117,7 @@ def _finish(
             lam = tl.load(term_ptr + 4)
             for number in tl.static_range(_NUM_FAMILIES):
                 if family == number:
-                    value, slope_mean, slope_var = formula(m, v, n, total, eps, _FAMILIES[number])
+                    value, slope_mean, slope_var = formula(m, v, n, total, eps, tl.constexpr(_FAMILIES[number]))
                     f += lam * value
                     by_mean += lam * slope_mean
                     by_var += lam * slope_var
@@ -333,6 +333,10 @@ def _moments_constants(dtype: torch.dtype, rs: tuple[float, ...]) -> dict:
     }
 
 
+def _moments_config(dtype: torch.dtype, rs: tuple[float, ...]) -> LaunchConfig:
+    return config("joint moments" if len(rs) > 1 else "moments of terms", dtype)
+
+
 def _gradient_constants(dtype: torch.dtype, rs: tuple[float, ...], accumulate: bool, lam_tensor: bool) -> dict:
     return {
         "DTYPE": TRITON_DTYPES[dtype],
@@ -375,7 +379,7 @@ def launch_joint_moments(
         terms.shape[0],
         stats.shape[2],
     )
-    options = config("moments", dtype).options()
+    options = _moments_config(dtype, rs).options()
     launch(_joint_moments_kernel, block_to_tensor.numel(), args, _moments_constants(dtype, rs), options)
 
 
@@ -420,7 +424,7 @@ def variants() -> list[Variant]:
     for dtype in TRITON_DTYPES:
         name = str(dtype).removeprefix("torch.")
         # One r and two smooth ones do less and little more.
-        forms = ((1e-8, 0.0), (1e-3, 1e-8), (0.0,)) if dtype == torch.float32 else ((1e-8, 0.0),)
+        forms = [(1e-8, 0.0), (0.0,), *([(1e-3, 1e-8), (1e-8,)] if dtype == torch.float32 else [])]
         for rs in forms:
             label = f"{name} r={', '.join(map(str, rs))}"
             listed.append(
@@ -429,9 +433,10 @@ def variants() -> list[Variant]:
                     label,
                     sums,
                     _moments_constants(dtype, rs),
-                    config("moments", dtype).warps,
+                    _moments_config(dtype, rs).warps,
                     essential=len(rs) > 1,
                     bytes_per_element=dtype.itemsize,
+                    options=_moments_config(dtype, rs).options(),
                 )
             )
         for rs, accumulate in (((1e-8, 0.0), True), *([((1e-3, 1e-8), False)] if dtype == torch.float32 else [])):
