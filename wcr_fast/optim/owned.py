@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wcr_fast import regularizers
 from wcr_fast.curvature import CurvatureWatch
 from wcr_fast.ops.moments import stats_of
 from wcr_fast.ops.sharded import is_sharded, local, merged_stats
 from wcr_fast.regularizers import Regularizer, Sum
+from wcr_fast.regularizers import family as members
 from wcr_fast.slots import Penalty, Slot, Step
 from wcr_fast.weights import Exclude, Excluder, Weight
 
@@ -20,7 +20,7 @@ PenaltyT = Regularizer | Sum | type[Regularizer] | str | None
 
 PENALTIES: dict[str, type[Regularizer]] = {
     kind.family: kind
-    for kind in vars(regularizers).values()
+    for kind in vars(members).values()
     if isinstance(kind, type) and issubclass(kind, Regularizer) and kind.family
 }
 
