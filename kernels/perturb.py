@@ -154,6 +154,7 @@ def _ascend_chunk(
         if ADAPTIVE or KEEP_ZEROS:
             t = _scale(w, eta, ADAPTIVE, KEEP_ZEROS)
             x = t * x * t
+        x = tl.where(scale == 0.0, 0.0, x)
         tl.store(saved_ptr + offs, raw, mask=mask)
         tl.store(weight_ptr + offs, narrow(tl.fma(x, scale, w), raw.dtype), mask=mask)
 
@@ -184,7 +185,8 @@ def _ascend_kernel(
         total = tl.load(squares_ptr)
         for i in range(1, num_squares):
             total += tl.load(squares_ptr + i)
-        scale = scale / (tl.sqrt(total) + 1e-12)
+        # What is not finite leads nowhere: then nothing moves.
+        scale = tl.where(total < float("inf"), scale / (tl.sqrt(total) + 1e-12), 0.0)
     scale = scale.to(COMPUTE)
     eta = _number(row_ptr, _ETA).to(COMPUTE)
     weight_ptr = address.to(tl.pointer_type(DTYPE))

@@ -5,6 +5,7 @@ import os
 import traceback
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -132,6 +133,57 @@ def same_masks():
     return 0.0
 
 
+def accumulated():
+    """Micro-batches one by one, where gradients are views of the buckets that the next pass writes to."""
+    found = {}
+    for name in ("sam", "cram+"):
+        models = net(), net()
+        wrapped = [
+            DistributedDataParallel(m, gradient_as_bucket_view=views)
+            for m, views in zip(models, (True, False), strict=True)
+        ]
+        for model in wrapped:
+            optimizer = built(name, model)
+            for k in range(3):
+                optimizer.zero_grad()
+                x, y = batch(k, False)
+                for a, b in zip(x.chunk(2), y.chunk(2), strict=True):
+                    optimizer.accumulate(lambda a=a, b=b, m=model: nn.functional.cross_entropy(m(a), b).backward())
+                optimizer.step()
+        replicas_equal(models[0])
+        found[name] = apart(*models)
+    return found
+
+
+def workers_that_cannot():
+    """A compiled module's workers are found; a static graph is refused."""
+    parallel = DistributedDataParallel(net())
+    assert built("sam", torch.compile(parallel, backend="eager"))._parallel() is parallel
+    assert built("sam", net())._parallel() is None
+    assert built("sam", parallel, per_worker=False)._parallel() is None
+    fixed = DistributedDataParallel(net(), static_graph=True)
+    with pytest.raises(RuntimeError, match="per_worker=False"):
+        train(fixed, built("sam", fixed), 1, False)
+    return 0.0
+
+
+def fsdp_by_the_forward_pass():
+    """S2SAM's hook, with an evaluation before each step, after which FSDP2 keeps whole weights at hand."""
+    models = net(), net()
+    fully_shard(models[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    for model, whole in zip(models, (False, True), strict=True):
+        optimizer = S2SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)
+        for k in range(4):
+            x, y = batch(k, whole)
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return apart(*models)
+
+
 def fsdp():
     """Shards: norms, thresholds and gradients are those of the whole weights."""
     found = {}
@@ -171,7 +223,16 @@ def overflow_of_one():
     return 0.0
 
 
-CHECKS = (per_worker, synchronised, same_masks, fsdp, overflow_of_one)
+CHECKS = (
+    per_worker,
+    synchronised,
+    same_masks,
+    accumulated,
+    workers_that_cannot,
+    fsdp,
+    fsdp_by_the_forward_pass,
+    overflow_of_one,
+)
 
 
 def work(rank, ranks, folder):

@@ -43,7 +43,7 @@ def test_against_float64(backend, device, dtype, eta, keep_zeros):
     found = squares(sites, grads, keep_zeros)
     assert found.dtype == torch.float64
     assert abs(found.sum().item() / total.item() - 1) < (1e-12 if dtype == torch.float64 else 3e-6)
-    ascend_(sites, grads, found, keep_zeros)
+    ascend_(sites, grads, found, keep_zeros, [])
     for w, old, new in zip(weights, before, moved, strict=True):
         bound = torch.finfo(dtype).eps * new.abs() + 1e-6 * (new - old).abs() + 2 * torch.finfo(dtype).tiny
         assert ((w.double() - new).abs() <= bound + (1e-7 if dtype == torch.float16 else 0)).all()
@@ -61,7 +61,7 @@ def test_lists_of_several_dtypes_share_one_norm(backend, device):
     before = [w.clone() for w in weights]
     _, moved = expected(weights, grads, 0.3, -1.0, False)
     sites = sites_of(weights)
-    ascend_(sites, grads, squares(sites, grads, False), False)
+    ascend_(sites, grads, squares(sites, grads, False), False, [])
     for w, new in zip(weights, moved, strict=True):
         assert torch.allclose(w.double(), new, rtol=torch.finfo(w.dtype).eps, atol=1e-6)
     restore_(sites)
@@ -73,7 +73,7 @@ def test_gradients_of_another_dtype(backend, device):
     grads = [torch.randn(w.shape, device=device) for w in weights]
     before, (_, moved) = [w.clone() for w in weights], expected(weights, grads, 0.3, -1.0, False)
     sites = sites_of(weights)
-    ascend_(sites, grads, squares(sites, grads, False), False)
+    ascend_(sites, grads, squares(sites, grads, False), False, [])
     for w, new in zip(weights, moved, strict=True):
         assert torch.allclose(w.double(), new, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
     restore_(sites)
@@ -96,7 +96,7 @@ def test_layouts(backend, device):
     before, untouched = [w.clone() for w in weights], wide[:, 1::2].clone()
     _, moved = expected(weights, grads, 0.3, -1.0, False)
     sites = sites_of(weights)
-    ascend_(sites, grads, squares(sites, grads, False), False)
+    ascend_(sites, grads, squares(sites, grads, False), False, [])
     for w, new in zip(weights, moved, strict=True):
         assert torch.allclose(w.double(), new, rtol=1e-6, atol=1e-7)
     restore_(sites)
@@ -107,7 +107,7 @@ def test_layouts(backend, device):
 def test_undivided(backend, device):
     weights, grads = tensors(device), tensors(device)
     moved = [w.double() + 0.3 * g.double() for w, g in zip(weights, grads, strict=True)]
-    ascend_(sites_of(weights), grads, None, False)
+    ascend_(sites_of(weights), grads, None, False, [])
     assert all(torch.allclose(w.double(), m, rtol=1e-6, atol=1e-7) for w, m in zip(weights, moved, strict=True))
 
 
@@ -115,7 +115,7 @@ def test_zero_gradients_move_nothing(backend, device):
     weights = tensors(device)
     before = [w.clone() for w in weights]
     sites, grads = sites_of(weights), [torch.zeros_like(w) for w in weights]
-    ascend_(sites, grads, squares(sites, grads, False), False)
+    ascend_(sites, grads, squares(sites, grads, False), False, [])
     assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
 
 
@@ -126,7 +126,7 @@ def test_restores_after_what_is_not_finite(backend, device, value):
     before, sites = [w.clone() for w in weights], sites_of(weights)
     found = squares(sites, grads, False)
     assert not torch.isfinite(found.sum())
-    ascend_(sites, grads, found, False)
+    ascend_(sites, grads, found, False, [])
     restore_(sites)
     assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
 
@@ -164,7 +164,7 @@ def test_thousands_of_small_tensors(backend, device):
     total, _ = expected(weights, grads, 0.3, -1.0, False)
     found = squares(sites, grads, False)
     assert abs(found.sum().item() / total.item() - 1) < 1e-6
-    ascend_(sites, grads, found, False)
+    ascend_(sites, grads, found, False, [])
     restore_(sites)
     assert all(torch.equal(w, old) for w, old in zip(weights, before, strict=True))
 
@@ -174,7 +174,7 @@ def test_autograd_notices():
     loss = (w * w).sum()
     sites = [Site(w, w.detach(), torch.empty(3, 3), 0.1)]
     with torch.no_grad():
-        ascend_(sites, [torch.ones(3, 3)], None, False)
+        ascend_(sites, [torch.ones(3, 3)], None, False, [])
         restore_(sites)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -184,11 +184,12 @@ class Everything(nn.Module):
         self.conv = nn.Conv2d(1, 6, 3)
         self.first, self.second = nn.BatchNorm2d(6), nn.BatchNorm2d(6, momentum=None)
         self.third = nn.InstanceNorm2d(6, track_running_stats=True)
+        self.synced = nn.SyncBatchNorm(6)
         self.drop, self.last = nn.Dropout(0.5), nn.Linear(6 * 36, 4)
         self.flat = nn.BatchNorm1d(4)
 
     def forward(self, x):
-        x = self.third(self.second(self.first(self.conv(x.unflatten(1, (8, 8)).unsqueeze(1)))))
+        x = self.synced(self.third(self.second(self.first(self.conv(x.unflatten(1, (8, 8)).unsqueeze(1))))))
         return self.flat(self.last(self.drop(x.flatten(1))))
 
 
@@ -232,12 +233,12 @@ def test_statistics_in_the_two_step_form_and_layers_that_are_not_tracked():
     loss_on(x, y)(frozen).backward()
     seen = model[1].running_mean.clone()
     optimizer.first_step(zero_grad=True)
-    assert model[1].running_mean is None
+    assert not model[1].track_running_stats
     loss_on(x, y)(frozen).backward()
     optimizer.second_step()
     assert torch.equal(model[1].running_mean, seen)
     assert model[1].num_batches_tracked == 1
-    assert frozen[1].running_mean is not None
+    assert [m.track_running_stats for m in (model[1], model[2], frozen[1])] == [True, False, True]
     assert set(frozen.state_dict()) == set(copy.deepcopy(frozen).state_dict())
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import reference_perturbed as reference
@@ -112,7 +113,7 @@ def test_a_scaler_changes_nothing_else(name):
     """float32 with a scale of a power of two: the same bits, by a closure, in two steps, and by scaler.step."""
     found = []
     x, y = batch(torch.float32)
-    for way in ("plain", "closure", "two", "step"):
+    for way in ("plain", "closure", "two", "step", "step with it", "unscaled"):
         model = net(torch.float32)
         optimizer = TWO_PASS[name](model, torch.optim.SGD, lr=0.1, momentum=0.9)
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -130,21 +131,110 @@ def test_a_scaler_changes_nothing_else(name):
                 scaler.scale(loss_on(x, y)(model)).backward()
                 if way == "two":
                     optimizer.second_step(zero_grad=True, scaler=scaler)
-                else:
+                elif way == "step":
                     scaler.step(optimizer)
+                elif way == "step with it":
+                    optimizer.step(scaler=scaler)
+                else:
+                    scaler.unscale_(optimizer)
+                    optimizer.second_step(scaler=scaler)
             if way != "plain":
                 scaler.update()
         found.append(model)
     assert all(same(found[0], other) for other in found[1:])
 
 
-def test_a_scaler_that_passes_the_closure_itself_is_told_how():
+@pytest.mark.parametrize("way", ["closure", "second_step", "step", "unscaled"])
+def test_s2sam_with_a_scaler(way):
+    x, y = batch(torch.float32)
+    plain, model = net(torch.float32), net(torch.float32)
+    one, optimizer = (S2SAM(m, torch.optim.AdamW, lr=0.1, fused=True) for m in (plain, model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for _ in range(3):
+        step(plain, one, loss_on(x, y))
+        optimizer.zero_grad()
+        if way == "closure":
+            closure = closure_of(model, optimizer, lambda m: scaler.scale(loss_on(x, y)(m)))
+            optimizer.step(closure, scaler=scaler)
+        else:
+            optimizer.first_step()
+            scaler.scale(loss_on(x, y)(model)).backward()
+            if way == "unscaled":
+                scaler.unscale_(optimizer)
+            {"step": optimizer.step}.get(way, optimizer.second_step)(scaler=scaler)
+        scaler.update()
+    assert same(plain, model)
+
+
+@pytest.mark.parametrize("kind", [SAM, S2SAM])
+def test_a_scaler_that_passes_the_closure_itself_is_told_how(kind):
+    model = net(torch.float32)
+    optimizer = kind(model, torch.optim.SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    closure = closure_of(model, optimizer, lambda m: scaler.scale(loss_on(*batch(torch.float32))(m)))
+    closure()
+    with pytest.raises(RuntimeError, match=r"step\(closure, scaler=scaler\)"):
+        scaler.step(optimizer, closure)
+    scaler.update()
+    optimizer.step(closure, scaler=scaler)
+    assert not same(model, net(torch.float32))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, wcr_fast.optim.SGD])
+@pytest.mark.parametrize("way", ["closure", "two", "accumulate"])
+@pytest.mark.parametrize("name", ALL)
+def test_hooks_of_the_base_see_unscaled_gradients(name, way, base):
+    """The place for clipping, in every way of calling and for bases that unscale by themselves."""
+    if way == "accumulate" and name == "s2sam":
+        pytest.skip("a window needs no call")
+    model = net(torch.float32)
+    optimizer = ALL[name](model, base, lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def clip(*_):
+        assert nn.utils.clip_grad_norm_(model.parameters(), 0.01) < 5
+
+    optimizer.base_optimizer.register_step_pre_hook(clip)
+    before = reference.values(model)
+    closure = closure_of(model, optimizer, lambda m: scaler.scale(loss_on(*batch(torch.float32))(m)))
+    if way == "closure":
+        optimizer.step(closure, scaler=scaler)
+    elif way == "accumulate":
+        optimizer.accumulate(closure, scaler=scaler)
+        scaler.step(optimizer)
+    else:
+        if name != "s2sam":
+            closure()
+            optimizer.first_step(scaler=scaler)
+        closure()
+        optimizer.second_step(scaler=scaler)
+    scaler.update()
+    moved = reference.norm([a - b for a, b in zip(before, reference.values(model), strict=True)])
+    assert moved.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_overflow_is_forgotten_with_the_step():
+    model = net(torch.float32)
+    optimizer = SAM(model, torch.optim.SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = batch(torch.float32)
+    scaler.scale(loss_on(x, y)(model)).backward()
+    model[0].bias.grad[0] = float("inf")
+    optimizer.first_step(scaler=scaler)
+    optimizer.restore()
+    scaler.update()
+    optimizer.step(closure_of(model, optimizer, lambda m: scaler.scale(loss_on(x, y)(m))), scaler=scaler)
+    assert not same(model, net(torch.float32))
+
+
+def test_no_gradient_in_the_second_pass_of_a_scaler():
     model = net(torch.float32)
     optimizer = SAM(model, torch.optim.SGD, lr=0.1)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_on(*batch(torch.float32))(model)).backward()
-    with pytest.raises(RuntimeError, match=r"step\(closure, scaler=scaler\)"):
-        scaler.step(optimizer, closure_of(model, optimizer, loss_on(*batch(torch.float32))))
+    optimizer.first_step(zero_grad=True, scaler=scaler)
+    scaler.step(optimizer)
+    assert same(model, net(torch.float32))
 
 
 @pytest.mark.cuda
@@ -239,6 +329,24 @@ def test_a_micro_batch_that_fails_leaves_what_was_accumulated():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), kept, strict=True))
 
 
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_of_before_are_not_mixed_up(set_to_none):
+    """A closure may leave zeroing to the line before the step; one that would add to gradients is an error."""
+    model, other = net(), net()
+    optimizer, plain = (SAM(m, torch.optim.SGD, lr=0.1) for m in (model, other))
+    for k in range(3):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        optimizer.step(closure_of(model, optimizer, loss_on(*batch(seed=k)), zero=False))
+        step(other, plain, loss_on(*batch(seed=k)))
+    assert same(model, other)
+    loss_on(*batch())(model).backward()
+    before = reference.values(model)
+    with pytest.raises(RuntimeError, match=r"added to them: call optimizer.zero_grad.*accumulate"):
+        optimizer.step(closure_of(model, optimizer, loss_on(*batch()), zero=False))
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.values(model), strict=True))
+    step(model, optimizer, loss_on(*batch()))
+
+
 def test_s2sam_perturbs_once_for_a_window():
     whole, parts = net(), net()
     one = S2SAM(whole, torch.optim.SGD, lr=0.1, rho=0.3)
@@ -294,6 +402,77 @@ def test_copies_continue(name, how):
     assert same(model, other)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_of_a_model_with_its_s2sam_continue(how):
+    model = net(torch.float32)
+    optimizer = S2SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)
+
+    def train(model, optimizer, seed):
+        optimizer.zero_grad()
+        loss_on(*batch(torch.float32, seed=seed))(model).backward()
+        assert optimizer.perturbed
+        optimizer.step()
+
+    train(model, optimizer, 0)
+    other, copied = (
+        copy.deepcopy((model, optimizer)) if how == "deepcopy" else pickle.loads(pickle.dumps((model, optimizer)))
+    )
+    for k in range(1, 4):
+        train(model, optimizer, k)
+        train(other, copied, k)
+    assert same(model, other)
+
+
+def test_s2sam_lets_go_of_the_model():
+    model = net(torch.float32)
+    loss_of = loss_on(*batch(torch.float32))
+    optimizer = S2SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.3, model=model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+    before = reference.values(model)
+    loss_of(model)
+    optimizer.remove()
+    loss_of(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.values(model), strict=True))
+    optimizer = weakref.ref(S2SAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model))
+    assert optimizer() is None  # no cycle keeps it, nor the copy of the weights
+    loss_of(model)
+
+
+def test_s2sam_says_where_its_model_is_not_called():
+    model = net(torch.float32)
+    optimizer = S2SAM(model.parameters(), torch.optim.SGD, lr=0.1, model=model)
+    for k in range(3):
+        optimizer.zero_grad()
+        loss_on(*batch(torch.float32))(model.forward).backward()
+        if k == 1:
+            with pytest.warns(UserWarning, match="no training forward pass"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_s2sam_gets_over_a_gradient_that_is_not_finite():
+    model = net(torch.float32)
+    optimizer = S2SAM(model, torch.optim.SGD, lr=0.1)
+    optimizer.base_optimizer.register_step_pre_hook(
+        lambda *_: [p.grad.nan_to_num_() for p in model.parameters()] and None
+    )
+    for k in range(4):
+
+        def closure(k=k):
+            optimizer.zero_grad()
+            loss = loss_on(*batch(torch.float32))(model)
+            loss.backward()
+            if k == 1:
+                model[0].bias.grad[0] = float("nan")
+            return loss
+
+        assert torch.isfinite(optimizer.step(closure))
+
+
 def test_a_state_of_the_base_alone_is_taken():
     model = net()
     plain = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
@@ -305,6 +484,19 @@ def test_a_state_of_the_base_alone_is_taken():
     assert torch.equal(
         optimizer.state[model[0].weight]["momentum_buffer"], plain.state[model[0].weight]["momentum_buffer"]
     )
+    optimizer.base_optimizer.load_state_dict(plain.state_dict())  # behind its back, and without rho
+    step(model, optimizer, loss_on(*batch()))
+
+
+def test_hooks_of_states_are_the_bases():
+    model, seen = net(), []
+    optimizer = SAM(model, torch.optim.SGD, lr=0.1)
+    optimizer.register_state_dict_pre_hook(lambda _: seen.append("save"))
+    optimizer.register_state_dict_post_hook(lambda *_: seen.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: seen.append("load"))
+    optimizer.register_load_state_dict_post_hook(lambda _: seen.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert seen == ["save", "saved", "load", "loaded"]
 
 
 def test_perturbed_weights_are_not_saved():
@@ -312,7 +504,7 @@ def test_perturbed_weights_are_not_saved():
     optimizer = SAM(model, torch.optim.SGD, lr=0.1)
     loss_on(*batch())(model).backward()
     optimizer.first_step()
-    for save in (optimizer.state_dict, lambda: pickle.dumps(optimizer)):
+    for save in (optimizer.state_dict, lambda: pickle.dumps(optimizer), lambda: optimizer.load_state_dict({})):
         with pytest.raises(RuntimeError, match="perturbed"):
             save()
     optimizer.restore()
@@ -344,6 +536,61 @@ def test_an_exception_in_the_closure_leaves_the_weights(name, error):
     assert all(torch.equal(a, b) for a, b in zip(before, reference.values(model), strict=True))
     assert model.first.running_mean is not None
     step(model, optimizer, loss_of)
+
+
+@pytest.mark.parametrize("where", ["ascend_", "restore_"])
+def test_an_interrupt_in_the_middle_leaves_nothing_perturbed(where, monkeypatch):
+    """Of weights that go in two parts, the first is perturbed when the second is interrupted."""
+    from wcr_fast.torch_path import perturb
+
+    wide = torch.randn(6, 8)
+    params = [nn.Parameter(torch.randn(4, 4)), nn.Parameter(wide[:, ::2])]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in params]
+    optimizer = SAM(params, torch.optim.SGD, lr=0.1)
+    real, calls = getattr(perturb, where), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(perturb, where, interrupted)
+
+    def there_and_back():
+        optimizer.first_step()
+        optimizer.restore()
+
+    with pytest.raises(KeyboardInterrupt):
+        there_and_back()
+    assert optimizer.perturbed
+    optimizer.restore()
+    assert not optimizer.perturbed
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_an_error_while_the_step_is_completed_leaves_nothing_perturbed():
+    class Late(nn.Module):
+        """Its gradient is sparse in the second pass only."""
+
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(5, 4)
+
+        def forward(self, sparse):
+            return nn.functional.embedding(torch.tensor([1, 2]), self.table.weight, sparse=sparse).square().sum()
+
+    model = Late()
+    before = reference.values(model)
+    optimizer = CrAM(model, torch.optim.SGD, lr=0.1)
+    model(False).backward()
+    optimizer.first_step(zero_grad=True)
+    model(True).backward()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, reference.values(model), strict=True))
 
 
 class Branches(nn.Module):
@@ -383,9 +630,10 @@ def test_cram_plus_steps_by_the_first_gradient_where_there_is_no_second():
     assert torch.allclose(model.first.weight, probe.first.weight - 0.1 * probe.first.weight.grad, rtol=1e-14)
 
 
-def test_no_gradient_at_all():
+@pytest.mark.parametrize("name", ALL)
+def test_no_gradient_at_all(name):
     model = net()
-    optimizer = SAM(model, torch.optim.SGD, lr=0.1)
+    optimizer = ALL[name](model, torch.optim.SGD, lr=0.1)
     optimizer.step(lambda: None)
     optimizer.first_step()
     optimizer.second_step()
@@ -419,6 +667,13 @@ def test_wrong_order(name):
             optimizer.step()
 
 
+class FullyShardedDataParallel(nn.Linear):
+    """Stands for FSDP1's wrapper, which is known by its name."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -427,6 +682,9 @@ def test_wrong_order(name):
         (lambda m: SAM(torch.optim.SGD(m.parameters()), lr=0.1), TypeError, "built already, it takes no lr"),
         (lambda m: SAM(SAM(m, torch.optim.SGD)), TypeError, "can't be wrapped"),
         (lambda m: SAM(m, torch.optim.LBFGS), TypeError, "evaluates the model itself"),
+        (lambda m: SAM(m, torch.optim.Adadelta, lr=1.0), ValueError, "an option 'rho' of its own"),
+        (lambda m: SAM([torch.zeros(2, dtype=torch.complex64)], torch.optim.SGD), TypeError, "real numbers"),
+        (lambda m: SAM(FullyShardedDataParallel(), torch.optim.SGD, lr=0.1), TypeError, "use FSDP2"),
         (lambda m: SAM(m, torch.optim.SGD, rho=-1), ValueError, "rho must be a finite number"),
         (lambda m: SAM([{"params": m.parameters(), "rho": float("nan")}], torch.optim.SGD), ValueError, "rho must"),
         (lambda m: ASAM(m, torch.optim.SGD, eta=-0.1), ValueError, "eta must be a finite number"),
@@ -481,6 +739,25 @@ def test_a_built_optimizer_groups_and_schedulers():
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
     assert base.param_groups[2]["rho"] == 0.2
     assert "SAM" in repr(optimizer)
+    optimizer.param_groups = optimizer.param_groups[:1]
+    assert len(base.param_groups) == 1
+
+
+def test_dense_as_a_generator():
+    model = net()
+    optimizer = CrAM(model, torch.optim.SGD, lr=0.1, dense=(name for name in ["2"]))
+    assert [w.name for w in optimizer._weights] == ["0.weight"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_model_that_is_converted_between_steps(name):
+    model = net(torch.float32)
+    optimizer = ALL[name](model, torch.optim.SGD, lr=0.1)
+    step(model, optimizer, loss_on(*batch(torch.float32)))
+    model.double()
+    before = reference.values(model)
+    step(model, optimizer, loss_on(*batch()))
+    assert not all(torch.equal(a, b) for a, b in zip(before, reference.values(model), strict=True))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -488,7 +765,12 @@ def test_named_parameters_and_groups(name):
     model = net()
     optimizer = ALL[name](model.named_parameters(), torch.optim.SGD, lr=0.1)
     assert optimizer.param_groups[0]["param_names"][0] == "0.weight"
-    step(model, optimizer, loss_on(*batch()))
+    other = net()
+    plain = ALL[name](other, torch.optim.SGD, lr=0.1)
+    for k in range(2):
+        step(model, optimizer, loss_on(*batch(seed=k)))
+        step(other, plain, loss_on(*batch(seed=k)))
+    assert same(model, other)
 
 
 @pytest.mark.parametrize("how", ["attach", "step"])

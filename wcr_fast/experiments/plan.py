@@ -69,7 +69,7 @@ PLANS = {
         "methods",
         steps=tuple(range(methods.LADDER_STEPS)),
         seeds=(0, 1, 2),
-        epochs=25,
+        epochs=60,
         methods=tuple(method.key for method in methods.ALL),
     ),
 }

@@ -76,11 +76,17 @@ def _zero(sites: Sequence[Site]) -> Tensor:
     return torch.zeros(1, dtype=stats_dtype(sites[0].weight.device), device=sites[0].weight.device)
 
 
-def ascend_(sites: Sequence[Site], grads: Sequence[Tensor], sums: Tensor | None, keep_zeros: bool) -> None:
-    """Save the weights and perturb them; ``sums`` as :func:`squares` returns them, None leaves rho undivided."""
+def ascend_(
+    sites: Sequence[Site], grads: Sequence[Tensor], sums: Tensor | None, keep_zeros: bool, saved: list[Site]
+) -> None:
+    """Save the weights and perturb them; ``sums`` as :func:`squares` returns them, None leaves rho undivided.
+
+    Sums that are not finite perturb nothing. ``saved`` gets the sites whose copies hold the weights, in time for
+    whoever has to put them back after an error.
+    """
     for path, places in _parts(sites):
-        path.ascend_(_at(sites, places), _at(grads, places), sums, keep_zeros)
-    _written(sites)
+        path.ascend_(_at(sites, places), _at(grads, places), sums, keep_zeros, saved)
+    _written(saved)
 
 
 def restore_(sites: Sequence[Site], masked: Sequence[Tensor | None] | None = None) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from wcr_fast.ops import select
-from wcr_fast.ops.sharded import is_sharded, local
-from wcr_fast.optim.perturbed import ParamsT, TwoPassOptimizer
+from wcr_fast.ops.sharded import is_sharded, like, local
+from wcr_fast.optim.perturbed import ParamsT
+from wcr_fast.optim.two_pass import TwoPassOptimizer
 from wcr_fast.weights import Exclude, Excluder, Weight, as_weights, choose
 
 SPARSITIES = (0.5, 0.7, 0.9)
@@ -84,11 +85,12 @@ class CrAM(TwoPassOptimizer):
         if not self._sparsities:
             raise ValueError(f"{name}: sparsities is empty")
         self._scope, self._sparse_grad, self._normalise = scope, bool(sparse_grad), bool(normalise)
-        self._dense, self._seed, self._draws = dense, int(seed), 0
+        self._seed, self._draws = int(seed), 0
+        self._dense = [dense] if isinstance(dense, str) or callable(dense) else list(dense)
         super().__init__(
             *(params, base_optimizer, base_options), model=model, group_options={"rho": rho}, keep_zeros=keep_zeros
         )
-        if Excluder(dense) and self._model is None:
+        if Excluder(self._dense) and self._model is None:
             raise ValueError(f"{name}: dense goes by names and modules: give model= too")
         self._weights = self._choose()
 
@@ -147,11 +149,12 @@ class CrAM(TwoPassOptimizer):
     def _copy_clean(self, gradients: Mapping[Tensor, Tensor]) -> None:
         for p, grad in gradients.items():
             kept = self._clean.get(p)
-            if kept is None or (kept.dtype, kept.shape, kept.stride()) != (grad.dtype, grad.shape, grad.stride()):
+            if kept is None or _kind(kept) != _kind(grad):
                 self._clean[p] = torch.empty_like(grad)
         for p in self._clean.keys() - gradients.keys():
             del self._clean[p]
-        torch._foreach_copy_([self._clean[p] for p in gradients], list(gradients.values()))
+        if gradients:
+            torch._foreach_copy_([self._clean[p] for p in gradients], list(gradients.values()))
 
     @torch.no_grad()
     def _return(self, scale: Tensor | None) -> None:
@@ -159,14 +162,14 @@ class CrAM(TwoPassOptimizer):
             return
         gradients = self._gradients()
         self._restore({p: gradients[p] for p in self._pruned if p in gradients} if self._sparse_grad else {})
-        if self._plus:
+        if self._plus and self._clean:
             if scale is not None:
                 torch._foreach_mul_(list(self._clean.values()), scale.item() if scale.device.type == "cpu" else scale)
             both = [p for p in self._clean if p in gradients]
             if both:
                 torch._foreach_add_([gradients[p] for p in both], [self._clean[p] for p in both])
             for p in self._clean.keys() - gradients.keys():  # used in the first pass only
-                _set_local_grad(p, self._clean[p].clone())
+                p.grad = like(self._clean[p].clone(), p)
 
     def _own_state(self) -> dict[str, Any]:
         return {"draws": self._draws}
@@ -214,7 +217,5 @@ def _compression(optimizer: str, value: float | str) -> float | str:
     return number
 
 
-def _set_local_grad(param: Tensor, grad: Tensor) -> None:
-    from wcr_fast.ops.sharded import like
-
-    param.grad = like(grad, param)
+def _kind(tensor: Tensor) -> tuple:
+    return tensor.dtype, tensor.device, tensor.shape, tensor.stride()

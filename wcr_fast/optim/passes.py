@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from wcr_fast.table import capturing
 
@@ -16,26 +18,30 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class FrozenStatistics:
     """Keeps the running statistics of a model's normalisation layers still, from ``freeze`` to ``thaw``.
 
-    They are taken away meanwhile: layers in training mode go on to normalise with the statistics of their batch, and
-    there is nothing that could move, the count of batches included. Covers batch norms of any dimension, SyncBatchNorm,
-    instance norms and classes derived from these.
+    Layers in training mode go on to normalise with the statistics of their batch; neither these nor the count of
+    batches move. Covers batch norms of any dimension, SyncBatchNorm, instance norms and classes derived from them.
     """
 
     def __init__(self) -> None:
-        self._frozen: list[tuple[nn.Module, dict[str, Tensor]]] = []
+        self._frozen: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def freeze(self, model: nn.Module | None) -> None:
         """Freeze what isn't frozen yet."""
         for module in () if model is None else model.modules():
-            if isinstance(module, _NormBase) and module.training and module.running_mean is not None:
-                self._frozen.append((module, {name: getattr(module, name) for name in _STATISTICS}))
-                for name in _STATISTICS:
-                    setattr(module, name, None)
+            if module.training and isinstance(module, _BatchNorm) and module.track_running_stats:
+                self._set(module, {"track_running_stats": False})
+            elif module.training and isinstance(module, _InstanceNorm) and module.running_mean is not None:
+                self._set(module, dict.fromkeys(_STATISTICS))  # it updates whatever it has
+
+    def _set(self, module: nn.Module, values: dict[str, Any]) -> None:
+        self._frozen.append((module, {name: getattr(module, name) for name in values}))
+        for name, value in values.items():
+            setattr(module, name, value)
 
     def thaw(self) -> None:
-        """Give the statistics back; a second call does nothing."""
-        for module, statistics in self._frozen:
-            for name, value in statistics.items():
+        """Put everything back; a second call does nothing."""
+        for module, values in self._frozen:
+            for name, value in values.items():
                 setattr(module, name, value)
         self._frozen = []
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wcr_fast.ops.perturb import ascend_, local_grad, restore_, squares
-from wcr_fast.ops.sharded import local
-from wcr_fast.optim.passes import FrozenStatistics, RandomState
+from wcr_fast.ops.perturb import ascend_, restore_, squares
+from wcr_fast.ops.sharded import local, reshard
+from wcr_fast.optim.passes import FrozenStatistics
 from wcr_fast.slots import Site
 from wcr_fast.torch_path.layout import is_dense, same_layout
+from wcr_fast.weights import check_plain
 
 ParamsT = nn.Module | torch.optim.Optimizer | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -35,7 +37,7 @@ class _Pass:
     _step_supports_amp_scaling = True
 
     def __init__(self, optimizer: PerturbedOptimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer = weakref.proxy(optimizer)  # a cycle would keep the copies of the weights for a while
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -72,7 +74,15 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         self._group_options, self._keep_zeros = dict(group_options), bool(keep_zeros)
         self._model = params if model is None and isinstance(params, nn.Module) else model
         self.base_optimizer = _wrapped(name, params, base_optimizer, base_options)
+        taken = [option for option in group_options if option in self.base_optimizer.defaults]
+        if taken:
+            raise ValueError(
+                f"{name}: {type(self.base_optimizer).__name__} has an option {taken[0]!r} of its own in its groups, "
+                "where this one's would be: wrap another optimizer"
+            )
+        _check_model(name, self._model)
         self._fill_groups()
+        self._check_params()
         self._begin()
         super().__setstate__({})  # torch's hooks, without groups and states of its own
 
@@ -87,6 +97,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         self._second_pass = _Pass(self)
         self._passed = 0  # first passes since the last step
         self._overflow: Tensor | None = None  # one of them had one
+        self._zeroed: dict[Tensor, tuple[int, int]] = {}  # gradients as the last zero_grad() left them
 
     # --- groups and states are those of the wrapped optimizer ---------------------------------------------------
 
@@ -95,15 +106,27 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         """The wrapped optimizer's groups; ``rho`` is an option of each."""
         return self.base_optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, value: Any) -> None:
+        self.base_optimizer.param_groups = value
+
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """The wrapped optimizer's states."""
         return self.base_optimizer.state
 
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
     @property
     def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
         return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: Any) -> None:
+        self.base_optimizer.defaults = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer; ``rho`` may be one of its options."""
@@ -112,15 +135,24 @@ class PerturbedOptimizer(torch.optim.Optimizer):
                 _check_option(type(self).__name__, option, param_group[option])
         self.base_optimizer.add_param_group(param_group)
         self._fill_groups()
+        self._check_params()
 
     def _fill_groups(self) -> None:
+        """Give groups the options that they lack: the base optimizer may have got some behind this one's back."""
         for group in self.param_groups:
             for option, value in self._group_options.items():
                 _check_option(type(self).__name__, option, group.setdefault(option, value))
 
+    def _check_params(self) -> None:
+        for p in self._params():
+            if not p.is_floating_point():
+                raise TypeError(f"{type(self).__name__}: parameters must be real numbers, got {p.dtype}")
+            check_plain(p, f"{type(self).__name__}: a parameter", sharded=True)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or set them to zero."""
         self.base_optimizer.zero_grad(set_to_none)
+        self._zeroed = {p: (id(p.grad), p.grad._version) for p in self._params() if p.grad is not None}
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.param_groups:
@@ -142,6 +174,9 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         """Perturb the parameters along local directions."""
         if self.perturbed:
             raise RuntimeError(f"{type(self).__name__}: the weights are perturbed already: second_step() or restore()")
+        self._fill_groups()
+        if self._model is not None:
+            reshard(self._model)  # where FSDP2 has left whole weights, the next forward pass would read those
         sites = [
             Site(p, local(p).detach(), self._room_for(p), _radius(group), self._eta(p, group))
             for group in self.param_groups
@@ -151,13 +186,11 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         along = [directions[site.param] for site in sites]
         hold = getattr(self.base_optimizer, "_moments_hold", None)
         self._known = hold is not None and hold()
+        length = squares(sites, along, self._keep_zeros) if sites and (normalised or self._scaled) else None
+        if self._scaled:
+            self._note_overflow(length)
         self._sites = []
-        if sites:
-            length = squares(sites, along, self._keep_zeros) if normalised or self._scaled else None
-            if self._scaled:
-                self._note_overflow(length)
-            ascend_(sites, along, length if normalised else None, self._keep_zeros)
-            self._sites = sites
+        ascend_(sites, along, length if normalised else None, self._keep_zeros, self._sites)
         torch.clear_autocast_cache()  # else the next forward pass takes the copies of the weights as they were
 
     def _room_for(self, p: Tensor) -> Tensor:
@@ -169,19 +202,24 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         return room
 
     def restore(self) -> None:
-        """Put the weights back, bit for bit, if they are perturbed; running statistics may move again."""
+        """Put the weights back, bit for bit, if they are perturbed, and forget of the step that was begun.
+
+        Running statistics may move again.
+        """
         self._restore({})
+        self._overflow, self._passed = None, 0
 
     @torch.no_grad()
     def _restore(self, masked: Mapping[Tensor, Tensor]) -> None:
         """Put the weights back; gradients among ``masked`` become zero where their weight is zero now."""
-        sites, self._sites = self._sites, None
+        sites = self._sites
         try:
             if sites:
                 restore_(sites, [masked.get(site.param) for site in sites] if masked else None)
                 torch.clear_autocast_cache()
                 if self._known:
                     self.base_optimizer._weights_restored()
+            self._sites = None
         finally:
             self._statistics.thaw()
 
@@ -192,7 +230,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
     @contextlib.contextmanager
     def _unscaled(self, scaler: Any) -> Iterator[None]:
         """Unscale the gradients of a first pass, and let the scaler know of its overflow."""
-        if scaler is not None and scaler.is_enabled():
+        if is_enabled(scaler):
             if self._passed == len(self._first_passes):
                 self._first_passes.append(_Pass(self))
             scaler.unscale_(self._first_passes[self._passed])
@@ -203,7 +241,9 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         finally:
             self._scaled = False
 
-    def _note_overflow(self, length: Tensor) -> None:
+    def _note_overflow(self, length: Tensor | None) -> None:
+        if length is None:  # no gradient here, but perhaps on another worker
+            length = torch.zeros((), device=local(next(self._params())).device)
         overflow = ~torch.isfinite(length.sum())
         self._overflow = overflow if self._overflow is None else self._overflow | overflow
 
@@ -212,31 +252,70 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         """Let the wrapped optimizer step, unless a scaler found an overflow in any of the passes."""
         base, overflow = self.base_optimizer, self._overflow
         self._overflow, self._passed = None, 0
+        if scale is not None:  # here, not in the base's own step: its hooks are promised the gradients unscaled
+            grads = [local(p.grad) for p in self._params() if p.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, _inverse(scale))
         if found_inf is None:
             base.step()
             return
+        if not isinstance(found_inf, Tensor):  # no gradient at all
+            found_inf = torch.tensor(float(found_inf))
         if overflow is not None:
-            found_inf = torch.maximum(found_inf, overflow.to(found_inf))
+            found_inf = torch.maximum(found_inf.to(overflow.device), overflow.to(found_inf.dtype))
         if getattr(base, "_step_supports_amp_scaling", False):
-            base.grad_scale, base.found_inf = scale, found_inf
+            base.grad_scale, base.found_inf = None, found_inf
             try:
                 base.step()
             finally:
                 del base.grad_scale, base.found_inf
         elif not found_inf.item():
-            if scale is not None:
-                grads = [local(p.grad) for p in self._params() if p.grad is not None]
-                torch._foreach_mul_(grads, scale.double().reciprocal().float().item())
             base.step()
 
     def _step_base(self, scaler: Any) -> None:
-        if scaler is not None and scaler.is_enabled():
+        """Step after ``step(closure)``, whose gradients nobody else has seen, or without a scaler."""
+        if is_enabled(scaler):
             scaler.step(self._second_pass)
         else:
             self._descend(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _step_again(self, scaler: Any) -> None:
+        """Call ``step()``, by way of the scaler where there is one: it knows whether gradients were unscaled."""
+        try:
+            if is_enabled(scaler):
+                scaler.step(self)
+            else:
+                self.step()
+        finally:
+            self._restore({})
         self._opt_called = True  # torch's schedulers ask, where only second_step() is called
 
+    def _refuse_closure(self) -> None:
+        """Raise where a GradScaler has passed a closure on: it looks for overflows before there are gradients."""
+        if getattr(self, "found_inf", None) is not None:
+            del self.found_inf, self.grad_scale
+            raise RuntimeError(
+                f"{type(self).__name__}: a GradScaler can't pass a closure: step(closure, scaler=scaler)"
+            )
+
     # --- saving and loading ------------------------------------------------------------------------------------
+
+    def _refuse_perturbed(self) -> None:
+        if self.perturbed:
+            raise RuntimeError(f"{type(self).__name__}: the weights are perturbed: second_step() or restore() first")
+
+    def register_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        """Register a hook of the wrapped optimizer's, as the three that follow do."""
+        return self.base_optimizer.register_state_dict_pre_hook(hook, prepend)
+
+    def register_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return self.base_optimizer.register_state_dict_post_hook(hook, prepend)
+
+    def register_load_state_dict_pre_hook(self, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return self.base_optimizer.register_load_state_dict_pre_hook(hook, prepend)
+
+    def register_load_state_dict_post_hook(self, hook: Callable[..., Any], prepend: bool = False) -> Any:
+        return self.base_optimizer.register_load_state_dict_post_hook(hook, prepend)
 
     def _own_state(self) -> dict[str, Any]:
         """Return the method's own state: tensors and plain values."""
@@ -251,13 +330,17 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: the weights are perturbed: a checkpoint would hold them so.
         """
-        if self.perturbed:
-            raise RuntimeError(f"{type(self).__name__}: the weights are perturbed: second_step() or restore() first")
+        self._refuse_perturbed()
         return {**self.base_optimizer.state_dict(), OWN_STATE: self._own_state()}
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state of this optimizer, or one of the wrapped optimizer alone; tensors are copied."""
+        """Load a state of this optimizer, or one of the wrapped optimizer alone; tensors are copied.
+
+        Raises:
+            RuntimeError: the weights are perturbed: what was loaded into them would be lost when they are put back.
+        """
+        self._refuse_perturbed()
         loaded = dict(state_dict)
         own = loaded.pop(OWN_STATE, {})
         self.base_optimizer.load_state_dict(loaded)
@@ -265,9 +348,9 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         self._load_own_state(own)
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.perturbed:
-            raise RuntimeError(f"{type(self).__name__}: the weights are perturbed: second_step() or restore() first")
+        self._refuse_perturbed()
         left = ("_sites", "_room", "_known", "_statistics", "_first_passes", "_second_pass", "_passed", "_overflow")
+        left += ("_zeroed", "grad_scale", "found_inf")
         return {k: v for k, v in self.__dict__.items() if k not in left and not k.startswith(_HOOKS) and k != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -276,171 +359,20 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         super().__setstate__({})
 
 
-class TwoPassOptimizer(PerturbedOptimizer):
-    """Base of the methods that evaluate each batch twice, at the weights and at perturbed ones."""
+def is_enabled(scaler: Any) -> bool:
+    """Tell whether there is a GradScaler at work."""
+    return scaler is not None and scaler.is_enabled()
 
-    _per_worker = False
 
-    @torch._disable_dynamo
-    def step(self, closure: Callable[[], Any] | None = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
-        """Take one step: evaluate at the weights, perturb, evaluate again, restore, and step by the second gradient.
+def _inverse(scale: Tensor) -> float | Tensor:
+    inverse = scale.double().reciprocal().float()
+    return inverse.item() if inverse.device.type == "cpu" else inverse
 
-        Args:
-            closure: zeroes or leaves the gradients, runs forward and backward, and returns the loss. It is called
-                twice, with the same random numbers. Without it the step completes what ``first_step`` or
-                ``accumulate`` began.
-            scaler: a GradScaler by which the closure scales its loss; call ``scaler.update()`` afterwards. The step
-                is skipped where either pass overflows.
 
-        Returns:
-            What the closure returned at the weights as they are.
-
-        Raises:
-            RuntimeError: without a closure, when there is nothing to complete.
-        """
-        if closure is None:
-            if not self.perturbed and not self._ready:
-                raise RuntimeError(
-                    f"{type(self).__name__}: step() needs a closure that runs forward and backward, to call it twice "
-                    "(or first_step() before); a trainer that calls step() without one can't run this optimizer: see "
-                    "S2SAM(..., model=model)"
-                )
-            self._return(getattr(self, "grad_scale", None))
-            self._ready = False
-            self._step_base(scaler)
-            return None
-        if getattr(self, "found_inf", None) is not None:
-            raise RuntimeError(
-                f"{type(self).__name__}: a GradScaler can't pass a closure: step(closure, scaler=scaler)"
-            )
-        loss = self._evaluate_twice(closure, scaler)
-        self._ready = False
-        self._step_base(scaler)
-        return loss
-
-    @torch._disable_dynamo
-    def first_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Perturb the weights along the gradients of a first pass, scaled ones where there is a scaler.
-
-        Then run the second pass, on the same batch, and call ``second_step``. Dropout draws anew in it.
-        """
-        with self._unscaled(scaler):
-            self._perturb()
-        self._statistics.freeze(self._model)
-        if zero_grad:
-            self.zero_grad()
-
-    @torch._disable_dynamo
-    def second_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Restore the weights and let the wrapped optimizer step by the gradients of the second pass.
-
-        Raises:
-            RuntimeError: the weights are not perturbed.
-        """
-        if not self.perturbed:
-            raise RuntimeError(f"{type(self).__name__}: second_step() without first_step() before it")
-        try:
-            if scaler is not None and scaler.is_enabled():
-                scaler.step(self)  # which calls step(): the gradients may have been unscaled already
-            else:
-                self.step()
-        finally:
-            self.restore()
-        if zero_grad:
-            self.zero_grad()
-
-    @torch._disable_dynamo
-    def accumulate(self, closure: Callable[[], Any], *, scaler: torch.amp.GradScaler | None = None) -> Any:
-        """Evaluate one micro-batch twice, with a perturbation of its own, and add its gradient to ``.grad``.
-
-        ``step()`` (with a scaler ``scaler.step(optimizer)``) then takes the step. For one perturbation of the whole
-        batch let the closure of ``step`` run over all micro-batches instead.
-
-        Returns:
-            What the closure returned at the weights as they are.
-        """
-        earlier = {p: p.grad for p in self._params() if p.grad is not None} if self._ready else {}
-        self.zero_grad()
-        try:
-            loss = self._evaluate_twice(closure, scaler, unscale=False)
-        except BaseException:
-            self.zero_grad()
-            for p, grad in earlier.items():
-                p.grad = grad
-            raise
-        for p, grad in earlier.items():
-            p.grad = grad if p.grad is None else grad.add_(p.grad)
-        self._ready = True
-        return loss
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._ready = False  # gradients of second passes wait for a step
-
-    def _evaluate_twice(self, closure: Callable[[], Any], scaler: Any, *, unscale: bool = True) -> Any:
-        if self.perturbed:
-            raise RuntimeError(f"{type(self).__name__}: the weights are perturbed already: second_step() or restore()")
-        random, overflow = RandomState(self._params()), self._overflow
-        with torch.enable_grad(), self._local_gradients():
-            loss = closure()
-        try:
-            with self._unscaled(scaler):
-                self._perturb()
-            self._statistics.freeze(self._model)
-            self.zero_grad()
-            random.replay()
-            with torch.enable_grad():
-                closure()
-            scale = None
-            if scaler is not None and scaler.is_enabled():
-                if unscale:
-                    scaler.unscale_(self._second_pass)
-                else:
-                    scale = scaler.scale(torch.ones((), device=next(self._params()).device))
-            self._return(scale)
-        except BaseException:
-            self._overflow = overflow
-            raise
-        finally:
-            self.restore()
-        return loss
-
-    def _local_gradients(self) -> contextlib.AbstractContextManager:
-        """Return a context in which backward leaves each worker its own gradients, where that is wanted."""
-        return self._model.no_sync() if self._workers() is not None else contextlib.nullcontext()
-
-    def _workers(self) -> Any:
-        """Return the process group whose workers perturb by gradients of their own, None where all do alike."""
-        if not self._per_worker or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            return None
-        parallel = isinstance(self._model, torch.nn.parallel.DistributedDataParallel)
-        return self._model.process_group if parallel else None
-
-    def _note_overflow(self, length: Tensor) -> None:
-        super()._note_overflow(length)
-        if self._workers() is not None:  # whoever overflows, all skip the step
-            flag = self._overflow.to(torch.int32)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._workers())
-            self._overflow = flag > 0
-
-    def _gradients(self) -> dict[Tensor, Tensor]:
-        """Return the local gradients there are."""
-        try:
-            found = {p: local_grad(p) for p in self._params()}
-        except TypeError as error:
-            raise TypeError(f"{type(self).__name__}: {error}") from None
-        return {p: grad for p, grad in found.items() if grad is not None}
-
-    def _perturb(self) -> None:
-        """Perturb the weights by the gradients of the first pass."""
-        self._ascend(self._gradients())
-
-    def _return(self, scale: Tensor | None) -> None:
-        """Come back from the perturbed weights, with the gradient that the wrapped optimizer is to step by.
-
-        scale: what the second gradients are multiplied by still; the first ones were unscaled.
-        """
-        self.restore()
+def _check_model(optimizer: str, model: nn.Module | None) -> None:
+    for module in () if model is None else model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise TypeError(f"{optimizer}: the model is sharded by FSDP1, whose shards can't be told apart: use FSDP2")
 
 
 def _radius(group: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from wcr_fast.ops.perturb import local_grad
 from wcr_fast.ops.sharded import local
-from wcr_fast.optim.perturbed import ParamsT, PerturbedOptimizer
+from wcr_fast.optim.perturbed import ParamsT, PerturbedOptimizer, is_enabled
 
 
 class S2SAM(PerturbedOptimizer):
@@ -29,7 +30,8 @@ class S2SAM(PerturbedOptimizer):
 
     Args:
         params, base_optimizer, rho, keep_zeros, base_options: as in :class:`SAM`.
-        model: perturb when it runs forward in training mode with gradients enabled. Not taken from ``params``.
+        model: perturb when it is called in training mode with gradients enabled, until :meth:`remove`: the module that
+            the loop calls, a compiled or parallel one where there is one. Not taken from ``params``.
 
     Source: Ji et al., NeurIPS 2024, openreview MJgMMqMDu4 (rho = 0.05). The public code tests ``p.grad`` where it means
     the stored gradient and so perturbs nothing under torch 2 and later.
@@ -55,17 +57,31 @@ class S2SAM(PerturbedOptimizer):
         **base_options: Any,
     ) -> None:
         self._previous: dict[Tensor, Tensor] = {}  # gradients of the last step, laid out as the parameters
+        self._on_forward = model is not None
         super().__init__(
             *(params, base_optimizer, base_options), model=model, group_options={"rho": rho}, keep_zeros=keep_zeros
         )
-        if model is not None:
-            model.register_forward_pre_hook(_PerturbOnForward(self), prepend=True)  # before FSDP gathers the weights
+        self._hook_model()
+
+    def _hook_model(self) -> None:
+        self._hook, self._warned_bypass = None, False
+        if self._on_forward:
+            # Before FSDP gathers the weights.
+            self._hook = self._model.register_forward_pre_hook(_PerturbOnForward(self), prepend=True)
+
+    def remove(self) -> None:
+        """Leave the model's forward pass alone from now on, with the weights put back."""
+        self.restore()
+        self._on_forward = False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     @torch._disable_dynamo
     def first_step(self) -> None:
         """Perturb the weights along the last step's gradient, before the forward pass."""
-        owned = {p: local(self._previous[p]) for p in self._params() if p in self._previous and p.requires_grad}
-        self._ascend(owned)
+        owned = [p for p in self._params() if p in self._previous and p.requires_grad]
+        self._ascend({p: local(self._previous[p]).to(local(p).device) for p in owned})
 
     @torch._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
@@ -80,30 +96,44 @@ class S2SAM(PerturbedOptimizer):
         Returns:
             What the closure returned.
         """
+        if closure is None and is_enabled(scaler):
+            self._step_again(scaler)
+            return None
         loss = None
         if closure is not None:
+            self._refuse_closure()
             if not self.perturbed:
                 self.first_step()
             try:
                 with torch.enable_grad():
                     loss = closure()
             finally:
-                self.restore()
-        self.restore()
+                self._restore({})
+        elif self._on_forward and self._previous and not self.perturbed:
+            self._warn_of_bypass()
+        self._restore({})
         self._step_base(scaler)
         return loss
 
+    def _warn_of_bypass(self) -> None:
+        if not self._warned_bypass:
+            self._warned_bypass = True
+            warnings.warn(
+                "S2SAM: no training forward pass of the model has perturbed the weights before this step: give the "
+                "module that the loop calls (model=torch.compile(model), model=DistributedDataParallel(model))",
+                stacklevel=4,
+            )
+
     @torch._disable_dynamo
     def second_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Put the weights back and take one step by the gradients, as ``step()`` does."""
-        self.restore()
-        self._step_base(scaler)
+        """Put the weights back and take one step by the gradients, as ``step(scaler=scaler)`` does."""
+        self._step_again(scaler)
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def _descend(self, scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if found_inf is None or not found_inf.item():  # after an overflow the last finite gradient stays
+        if found_inf is None or not float(found_inf):  # after an overflow the last finite gradient stays
             self._remember()
         super()._descend(scale, found_inf)
 
@@ -119,6 +149,13 @@ class S2SAM(PerturbedOptimizer):
                 self._previous.pop(p, None)
         if grads:
             torch._foreach_copy_([local(self._previous[p]) for p in grads], list(grads.values()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "_hook"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hook_model()  # of the copied model, whose hooks left this behind
 
     def _own_state(self) -> dict[str, Any]:
         return {"previous": {i: self._previous[p] for i, p in enumerate(self._params()) if p in self._previous}}

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wcr_fast.optim.perturbed import ParamsT, TwoPassOptimizer
+from wcr_fast.optim.perturbed import ParamsT
+from wcr_fast.optim.two_pass import TwoPassOptimizer
 
 
 class SAM(TwoPassOptimizer):

@@ -7,6 +7,7 @@ float64 lists go to torch's own multi-tensor calls; the rest goes through scratc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -85,10 +86,18 @@ def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) ->
     return torch.cat([n.to(device, stats_dtype(device)) for n in norms]).square_().sum(0, keepdim=True)
 
 
-def ascend_(sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | None, keep_zeros: bool) -> None:
-    """Save the weights, then add rho T^2 g to them, divided by the root of the squares where they are given."""
+def ascend_(
+    sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | None, keep_zeros: bool, saved: list[Site]
+) -> None:
+    """Save the weights, then add rho T^2 g to them, divided by the root of the squares where they are given.
+
+    Squares that are not finite add nothing. ``saved`` gets the sites.
+    """
     length = 1.0 if squares is None else squares.sum().sqrt().item() + 1e-12
     torch._foreach_copy_([s.saved for s in sites], [s.weight for s in sites])
+    saved.extend(sites)
+    if not math.isfinite(length):
+        return
     scratch = Scratch(0.0)
     plain: dict[float, list[tuple[Tensor, Tensor]]] = {}
     for site, grad in zip(sites, grads, strict=True):

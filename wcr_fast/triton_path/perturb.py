@@ -64,8 +64,13 @@ def squares(sites: Sequence[Site], grads: Sequence[Tensor], keep_zeros: bool) ->
     return out
 
 
-def ascend_(sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | None, keep_zeros: bool) -> None:
-    """Save the weights, then add rho T^2 g to them, divided by the root of the squares' sum where they are given."""
+def ascend_(
+    sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | None, keep_zeros: bool, saved: list[Site]
+) -> None:
+    """Save the weights, then add rho T^2 g to them, divided by the root of the squares' sum where they are given.
+
+    Squares that are not finite add nothing. ``saved`` gets the sites of each launch.
+    """
     grads = _aligned(sites, grads)
     for table, grad_dtype in _tables(sites, grads):
         with on_device(table.device):
@@ -79,6 +84,7 @@ def ascend_(sites: Sequence[Site], grads: Sequence[Tensor], squares: Tensor | No
                 adaptive=any(sites[i].eta >= 0 for i in table.positions),
                 keep_zeros=keep_zeros,
             )
+        saved.extend(sites[i] for i in table.positions)
 
 
 def restore_(sites: Sequence[Site], masked: Sequence[Tensor | None] | None = None) -> None:
