@@ -167,6 +167,15 @@ def workers_that_cannot():
     return 0.0
 
 
+def fsdp_that_keeps_whole_weights():
+    models = net(), net()
+    fully_shard(models[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    models[0].set_reshard_after_backward(False)
+    for model, whole in zip(models, (False, True), strict=True):
+        train(model, built("sam", model), 4, whole)
+    return apart(*models)
+
+
 def fsdp_by_the_forward_pass():
     """S2SAM's hook, with an evaluation before each step, after which FSDP2 keeps whole weights at hand."""
     models = net(), net()
@@ -230,6 +239,7 @@ CHECKS = (
     accumulated,
     workers_that_cannot,
     fsdp,
+    fsdp_that_keeps_whole_weights,
     fsdp_by_the_forward_pass,
     overflow_of_one,
 )

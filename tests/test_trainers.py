@@ -110,7 +110,7 @@ def test_hugging_face_with_s2sam_but_not_sam(tmp_path):
 # --- Lightning -------------------------------------------------------------------------------------------------
 
 
-def lightning(make, lam=0.0):
+def lightning(make, lam=0.0, **options):
     pl = pytest.importorskip("lightning", reason='pip install -e ".[trainers]"')
 
     class Module(pl.LightningModule):
@@ -135,6 +135,7 @@ def lightning(make, lam=0.0):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, torch.utils.data.DataLoader(rows(), batch_size=SIZE))
     return module.net
@@ -173,3 +174,41 @@ def test_accelerate():
         optimizer.step(closure)
     expected = by_hand(lambda m: SAM(m, torch.optim.SGD, lr=0.1, rho=0.5), lam=1e-3)
     assert_close(accelerator.unwrap_model(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_that_accumulates_is_told_how():
+    with pytest.raises(RuntimeError, match=r"added to them.*accumulate\(closure\)"):
+        lightning(lambda m: SAM(m, torch.optim.SGD, lr=0.1), accumulate_grad_batches=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["cram", "s2sam"])
+def test_accelerate_with_others(kind):
+    accelerate = pytest.importorskip("accelerate", reason='pip install -e ".[trainers]"')
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = Net()
+    if kind == "s2sam":
+        optimizer = S2SAM(model.parameters(), torch.optim.SGD, lr=0.1, rho=0.5, model=model)
+    else:
+        optimizer = CrAM(model, torch.optim.SGD, lr=0.1, rho=0.5, sparsities=0.5)
+    wcr_fast.WCR(model, lam=1e-3).attach(optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    for batch in batches():
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = prepared(**batch)["loss"]
+            accelerator.backward(loss)
+            return loss
+
+        if kind == "s2sam":
+            closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure)
+    if kind == "s2sam":
+        expected = by_hand(lambda m: S2SAM(m, torch.optim.SGD, lr=0.1, rho=0.5), lam=1e-3)
+    else:
+        expected = by_hand(lambda m: CrAM(m, torch.optim.SGD, lr=0.1, rho=0.5, sparsities=0.5), lam=1e-3)
+    assert_close(model, expected)

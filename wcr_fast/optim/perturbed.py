@@ -175,8 +175,6 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         if self.perturbed:
             raise RuntimeError(f"{type(self).__name__}: the weights are perturbed already: second_step() or restore()")
         self._fill_groups()
-        if self._model is not None:
-            reshard(self._model)  # where FSDP2 has left whole weights, the next forward pass would read those
         sites = [
             Site(p, local(p).detach(), self._room_for(p), _radius(group), self._eta(p, group))
             for group in self.param_groups
@@ -191,7 +189,13 @@ class PerturbedOptimizer(torch.optim.Optimizer):
             self._note_overflow(length)
         self._sites = []
         ascend_(sites, along, length if normalised else None, self._keep_zeros, self._sites)
-        torch.clear_autocast_cache()  # else the next forward pass takes the copies of the weights as they were
+        self._let_go_of_copies()
+
+    def _let_go_of_copies(self) -> None:
+        """See that the next forward pass reads the weights as they are."""
+        torch.clear_autocast_cache()
+        if self._model is not None:  # FSDP2 may have left gathered weights for it
+            reshard(self._model)
 
     def _room_for(self, p: Tensor) -> Tensor:
         """Return the place of a weight's copy: the same from step to step, as a captured graph needs it."""
@@ -216,7 +220,7 @@ class PerturbedOptimizer(torch.optim.Optimizer):
         try:
             if sites:
                 restore_(sites, [masked.get(site.param) for site in sites] if masked else None)
-                torch.clear_autocast_cache()
+                self._let_go_of_copies()
                 if self._known:
                     self.base_optimizer._weights_restored()
             self._sites = None

@@ -28,7 +28,7 @@ class SAM(TwoPassOptimizer):
             it is a DistributedDataParallel ``per_worker`` holds. Taken from ``params`` where that is a module.
         per_worker: with DistributedDataParallel and a closure, each worker perturbs by the gradient of its own part of
             the batch, as in the paper; only the second gradient is averaged. False averages both: the SAM of the whole
-            batch. With FSDP, and in ``first_step`` without ``no_sync()`` around the first pass, gradients are averaged.
+            batch. With FSDP2, and in ``first_step`` without ``no_sync()`` around the first pass, gradients are averaged.
         keep_zeros: leave weights that are zero at zero (pruned networks), and out of the norm.
         base_options: of the class: lr, momentum, ...
 
