@@ -27,8 +27,8 @@ class SAM(TwoPassOptimizer):
         model: the module that the closure runs: its batch-norm statistics then move in the first pass only, and where
             it is a DistributedDataParallel ``per_worker`` holds. Taken from ``params`` where that is a module.
         per_worker: with DistributedDataParallel and a closure, each worker perturbs by the gradient of its own part of
-            the batch, as in the paper; only the second gradient is averaged. False averages both: the SAM of the whole
-            batch. With FSDP2, and in ``first_step`` without ``no_sync()`` around the first pass, gradients are averaged.
+            the batch, as in the paper; only the second gradient is averaged. False averages both: SAM of the whole
+            batch. With FSDP2, and in ``first_step`` without ``no_sync()`` around the first pass, both are averaged.
         keep_zeros: leave weights that are zero at zero (pruned networks), and out of the norm.
         base_options: of the class: lr, momentum, ...
 
