@@ -193,8 +193,44 @@ def on_weights(dtype):
             wcr_fast.L1(net, lam=0.05, mode=mode).attach(optimizer)
             train(net, optimizer, whole=net is plain, steps=5)
         found[mode] = apart(model, plain)
-    with pytest.raises(TypeError, match=r"first\.weight is a DTensor, whose groups lie on several ranks"):
-        wcr_fast.GroupLasso(model)()
+    return found
+
+
+def groups(dtype):
+    """Rows and columns that lie on several ranks, against one process."""
+    found = {}
+    for name, kind, options in (
+        ("filters", wcr_fast.GroupLasso, {"weighted": True}),
+        ("both", wcr_fast.GroupLasso, {"groups": "both"}),
+        ("hoyer", wcr_fast.GroupHoyerSquare, {}),
+        ("proximal", wcr_fast.GroupLasso, {"groups": "inputs", "mode": "proximal"}),
+    ):
+        model, plain = sharded(dtype), Net(dtype)
+        for net in (model, plain):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+            penalty = kind(net, lam=0.01, **options)
+            penalty.attach(optimizer)
+            train(net, optimizer, whole=net is plain, steps=5)
+            found.setdefault(f"{name} value", penalty().item())
+        found[f"{name} value"] = abs(found[f"{name} value"] / penalty().item() - 1)
+        found[name] = apart(model, plain)
+    model, plain = sharded(dtype), Net(dtype)
+    for net in (model, plain):
+        wcr_fast.GroupHoyerSquare(net, lam=0.01)().backward()
+    pairs = zip(model.parameters(), plain.parameters(), strict=True)
+    found["loss"] = max((full(p.grad) - q.grad).abs().max().item() for p, q in pairs if q.grad is not None)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        torch.manual_seed(3)
+        whole = torch.randn(5, 3, 6, dtype=dtype)
+        parts = [nn.Parameter(distribute_tensor(whole, mesh, [placement])), nn.Parameter(whole.clone())]
+        for p in parts:
+            wcr_fast.GroupHoyerSquare([p], lam=1.0).add_grad_()
+        found[str(placement)] = (full(parts[0].grad) - parts[1].grad).abs().max().item()
+    split = nn.ConvTranspose2d(4, 4, 3, groups=2).to(dtype)
+    fully_shard(split, mesh=mesh)
+    with pytest.raises(TypeError, match=r"weight is a DTensor of a transposed convolution with groups"):
+        wcr_fast.GroupLasso(split)()
     return found
 
 
@@ -388,6 +424,7 @@ CHECKS = {
         in_the_loss: BOTH,
         moments: BOTH,
         sums: (torch.float64,),
+        groups: BOTH,
         on_weights: (torch.float64,),
         resume: (torch.bfloat16,),
         placements: BOTH,
@@ -402,6 +439,7 @@ CHECKS = {
         attached: (torch.float32,),
         in_the_loss: (torch.float64,),
         moments: BOTH,
+        groups: (torch.float64,),
         resume: (torch.float32,),
         placements: BOTH,
         hybrid: BOTH,

@@ -76,13 +76,13 @@ class GroupTerm(Moded):
         raise NotImplementedError
 
     def _groups(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> Groups:
-        """Return the groups of these weights; TypeError for DTensors."""
+        """Return the groups of these weights; TypeError for parts of a transposed convolution's on several ranks."""
         weights = [self._choice.weights[i] for i in indices]
         for weight, tensor in zip(weights, tensors, strict=True):
-            if is_sharded(tensor):
+            if is_sharded(tensor) and weight.groups > 1:
                 raise TypeError(
-                    f"{self._title}: {weight.label()} is a DTensor, whose groups lie on several ranks: use data "
-                    "parallelism with whole weights (DDP), or exclude it"
+                    f"{self._title}: {weight.label()} is a DTensor of a transposed convolution with groups: exclude "
+                    "it, or use data parallelism with whole weights (DDP)"
                 )
         key = (tuple(indices), tuple(t.shape for t in tensors))
         if key not in self._known:
@@ -158,7 +158,8 @@ class GroupLasso(GroupTerm):
             ``attach`` or ``shrink_(lr)``), which leaves exact zeros; for one kind of groups, lam >= 0.
 
     Raises:
-        ValueError: as :class:`Regularizer`, and for other groups or another mode. TypeError: DTensors.
+        ValueError: as :class:`Regularizer`, and for other groups or another mode. TypeError: DTensors of transposed
+            convolutions with groups.
 
     Exactness: squares are summed in the dtype of the arithmetic within a piece of a group, pieces in float64 (on the
     torch path all in float64); repeatable bit for bit. On a GPU squares of magnitudes beyond 1e19 overflow.
@@ -231,7 +232,7 @@ class GroupHoyerSquare(GroupTerm):
         groups: "both" (default, the formula above), or one of its two terms: "filters" or "inputs".
 
     Raises:
-        ValueError: as :class:`Regularizer`, and for other groups. TypeError: DTensors.
+        ValueError: as :class:`Regularizer`, and for other groups. TypeError: as :class:`GroupLasso`.
 
     Exactness: as :class:`GroupLasso`.
 
