@@ -30,6 +30,7 @@ TITLES = {
     "optimizer_step": "One optimizer step over all parameters",
     "train_step": "A whole training step on random data",
     "select_mask": "Magnitude selection: pruning in place, thresholds, masks",
+    "perturb": "SAM and CrAM outside of their passes",
 }
 Record = dict[str, Any]
 
@@ -212,6 +213,10 @@ RIVALRIES = {
         ("ours", "kthvalue"),
         ("ours", "sort"),
         ("ours", "partition"),
+    ),
+    "perturb": (
+        ("ours", "_foreach"),
+        ("ours", "cat + sorted topk + scatter"),
     ),
 }
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)

@@ -18,7 +18,7 @@ import reference_selection
 
 from benchmarks import __main__ as command
 from benchmarks import harness, models, report, rivals, selecting, shapes, stepper, verify, verify_select
-from benchmarks.suites import optimizer_step, penalty, select_mask
+from benchmarks.suites import optimizer_step, penalty, perturb, select_mask
 from wcr_fast.errors import UsageError
 
 
@@ -464,6 +464,34 @@ def captured(call):
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_perturbation():
+    """The gradient twice, the weight read, written, copied; back: the copy read, the weight written."""
+    found = bytes_per_value(perturb)
+    assert found["SAM, there and back", "resnet50", "float32", "ours"] == 7 * 4
+    assert found["SAM, there and back", "llama_1b", "bfloat16", "_foreach"] == 7 * 2
+    assert found["CrAM, 90% to zero", "gpt2", "float32", "ours"] == 3 * 4
+
+
+def test_perturbations_that_are_wrong_are_refused():
+    for case in perturb.cases(harness.Cpu(), quick=True):
+        for side in case.sides:
+            side.build(1).verify()
+    params = [torch.nn.Parameter(torch.randn(30, 20)) for _ in range(3)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    wrong = perturb._Foreach(params)
+    wrong.restore = lambda: None
+    with pytest.raises(harness.WrongResult, match="not restored"):
+        perturb._check_way(params, wrong)
+    dense = [torch.randn(40, 30)]
+    with pytest.raises(harness.WrongResult, match="weights stay"):
+        perturb._check_zeros(dense, [dense[0].clone()], 0.5)
+    other = dense[0].clone()
+    other.view(-1)[dense[0].flatten().abs().topk(600).indices] = 0.0
+    with pytest.raises(harness.WrongResult, match="than the largest"):
+        perturb._check_zeros(dense, [other], 0.5)
+
+
 @pytest.mark.parametrize("op", select_mask.OPS)
 def test_every_way_of_selection_on_several_copies(op, dtype, ties, monkeypatch):
     monkeypatch.setattr(selecting, "captured", captured)

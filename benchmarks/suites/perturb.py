@@ -39,8 +39,10 @@ def cases(device: Device, *, quick: bool) -> Iterator[Case]:
         head = (str(dtype).removeprefix("torch."), len(listed), count)
         sides = tuple(there_and_back(listed, dtype, device))
         yield Case(name, "SAM, there and back", *head, 3 * count * dtype.itemsize, sides)
+        pruned = shapes.weights_of(listed)
+        head, count = (head[0], len(pruned), shapes.values_of(pruned)), shapes.values_of(pruned)
         for sparsity in SPARSITIES:
-            sides = tuple(compressions(listed, dtype, device, sparsity))
+            sides = tuple(compressions(pruned, dtype, device, sparsity))
             yield Case(name, f"CrAM, {sparsity:.0%} to zero", *head, count * dtype.itemsize, sides)
 
 
@@ -114,7 +116,6 @@ def _check_way(params: list[Tensor], mover: SAM | _Foreach) -> None:
 
 def compressions(listed: Sequence[shapes.Shape], dtype: torch.dtype, device: Device, sparsity: float) -> Iterator[Side]:
     """Yield the ways; at least, weights are read twice and written once."""
-    weights = shapes.weights_of(listed)
     count = shapes.values_of(weights)
     for label, bind, ours in (("ours", _compress, True), ("cat + sorted topk + scatter", _published, False)):
 
