@@ -115,12 +115,12 @@ def _check_way(params: list[Tensor], mover: SAM | _Foreach) -> None:
 
 
 def compressions(listed: Sequence[shapes.Shape], dtype: torch.dtype, device: Device, sparsity: float) -> Iterator[Side]:
-    """Yield the ways; at least, weights are read twice and written once."""
-    count = shapes.values_of(weights)
+    """Yield the ways; at least, listed are read twice and written once."""
+    count = shapes.values_of(listed)
     for label, bind, ours in (("ours", _compress, True), ("cat + sorted topk + scatter", _published, False)):
 
         def build(copies: int, bind: Callable[[list[Tensor], float], Callable[[], None]] = bind) -> Subject:
-            dense = [shapes.balanced(weights, dtype=dtype, device=device.torch_device, seed=s) for s in range(copies)]
+            dense = [shapes.balanced(listed, dtype=dtype, device=device.torch_device, seed=s) for s in range(copies)]
             params = [[torch.empty_like(w).requires_grad_() for w in ws] for ws in dense]
             calls = [bind(ps, sparsity) for ps in params]
 
