@@ -227,6 +227,36 @@ def _step(kind: str, *, penalty: str | None = "wcr", masked: bool = False, track
     return prepare
 
 
+def _penalty(build: Callable[[list[nn.Parameter]], wcr_fast.regularizers.Term], act: str = "add_grad_") -> Callable:
+    def prepare(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+        weights = [nn.Parameter(w) for w in make(shapes, dtype=dtype)]
+        for w in weights:
+            w.grad = torch.zeros_like(w)
+        penalty = build(weights)
+        call = penalty.add_grad_ if act == "add_grad_" else lambda: penalty.shrink_(0.1)
+        return call, [*weights, *(w.grad for w in weights)]
+
+    return prepare
+
+
+def _sam(kind: type[optim.TwoPassOptimizer]) -> Callable:
+    def prepare(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
+        weights = [nn.Parameter(w) for w in make(shapes, dtype=dtype)]
+        for w in weights:
+            w.grad = torch.ones_like(w)
+        optimizer = kind(weights, torch.optim.SGD, lr=0.1)
+        optimizer.first_step()
+        optimizer.restore()
+
+        def there_and_back() -> None:
+            optimizer.first_step()
+            optimizer.restore()
+
+        return there_and_back, [*weights, *(w.grad for w in weights), *optimizer._room.values()]
+
+    return prepare
+
+
 def _mask(shapes: Sequence[Shape], dtype: torch.dtype) -> tuple[Callable[[], object], list[Tensor]]:
     from wcr_fast.triton_path.select import apply, find_cuts
 
@@ -269,6 +299,20 @@ OPS = (
     Op("SGD + penalty + mask bits", {"_step_kernel": _arrays(5, 0.125)}, _step("SGD", masked=True)),
     Op("AdamW + penalty + mask bits", {"_step_kernel": _arrays(7, 0.125)}, _step("AdamW", masked=True)),
     Op("AdamW + penalty, tracked", {"_step_kernel": _arrays(7)}, _step("AdamW", tracked=True)),
+    Op(
+        "WCR + L1",
+        {"_joint_moments_kernel": _arrays(1), "_joint_gradient_kernel": _arrays(3)},
+        _penalty(lambda ws: wcr_fast.WCR(ws) + wcr_fast.L1(ws)),
+    ),
+    # Scaling reads its groups' factors for every element: a few kilobytes that stay in the caches.
+    Op("group Hoyer-Square", {"_group_squares_kernel": _arrays(2)}, _penalty(wcr_fast.GroupHoyerSquare)),
+    Op("proximal L1", {"_shrink_kernel": _arrays(2)}, _penalty(lambda ws: wcr_fast.L1(ws, mode="proximal"), "shrink_")),
+    Op(
+        "SAM",
+        {"_squares_kernel": _arrays(1), "_ascend_kernel": _arrays(4), "_restore_kernel": _arrays(2)},
+        _sam(optim.SAM),
+    ),
+    Op("ASAM", {"_squares_kernel": _arrays(2), "_ascend_kernel": _arrays(4)}, _sam(optim.ASAM)),
     Op("2:4 in place", {"_nm_kernel": _arrays(2)}, _nm),
     Op("2:4 in place, 3x3", {"_nm_kernel": _arrays(2)}, _nm, [(512, 256, 3, 3)], sectors=True),
     Op("threshold", {ALL: {2: 2.08, 4: 4.35}.__getitem__}, _threshold(warm=False), HUGE),

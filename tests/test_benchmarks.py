@@ -3,18 +3,13 @@
 import importlib
 import json
 import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ isn't installed
-
 import reference
 import reference_selection
+import torch
+from torch import nn
 
 from benchmarks import __main__ as command
 from benchmarks import harness, models, report, rivals, selecting, shapes, stepper, verify, verify_select

@@ -64,7 +64,8 @@ def test_data_is_moved_once(op, dtype):
     assert {row.kernel for row in rows} == set(op.floors)
     for row in rows:
         assert row.floor <= row.data <= 1.002 * row.floor, row
-        assert row.rest < (0.3 if "tracked" in op.name else 0.05), row  # of weights inside a window, their counts
+        # Of weights inside a window, their counts; of groups, a number for every row and column of small matrices.
+        assert row.rest < (0.3 if "tracked" in op.name else 1.0 if "group" in op.name else 0.05), row
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

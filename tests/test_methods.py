@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from wcr_fast.report import statistics, tables
 
 pytest.importorskip("sklearn", reason="the demo extra is not installed")
 pytest.importorskip("matplotlib", reason="the demo extra is not installed")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ isn't installed
 
 from benchmarks import methods as benchmark
 

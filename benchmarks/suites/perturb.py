@@ -115,7 +115,7 @@ def _check_way(params: list[Tensor], mover: SAM | _Foreach) -> None:
 
 
 def compressions(listed: Sequence[shapes.Shape], dtype: torch.dtype, device: Device, sparsity: float) -> Iterator[Side]:
-    """Yield the ways; at least, listed are read twice and written once."""
+    """Yield the ways; at least, weights are read twice and written once."""
     count = shapes.values_of(listed)
     for label, bind, ours in (("ours", _compress, True), ("cat + sorted topk + scatter", _published, False)):
 
