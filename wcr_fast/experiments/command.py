@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     size.add_argument(
         "--methods",
         action="store_true",
-        help="every regularizer and optimizer, alone and with WCR: about MINUTES minutes",
+        help="every regularizer and optimizer, alone and with WCR: half an hour to an hour",
     )
     size.add_argument(
         "--from", dest="source", type=Path, metavar="RESULTS", help="draw the report of a results.json again"
