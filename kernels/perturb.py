@@ -356,7 +356,7 @@ def variants() -> list[Variant]:
             listed.append(
                 Variant(
                     *(_squares_kernel, f"{name} {label}", signature, constants, warps, streams),
-                    essential=dtype != torch.bfloat16,
+                    essential=dtype == torch.float32,
                     bytes_per_element=streams * size,
                 )
             )
@@ -367,7 +367,7 @@ def variants() -> list[Variant]:
             listed.append(
                 Variant(
                     *(_ascend_kernel, f"{name} {label}", signature, constants, settings.warps, 2),
-                    essential=dtype != torch.bfloat16,
+                    essential=dtype == torch.float32,
                     bytes_per_element=4 * size,
                 )
             )
@@ -377,7 +377,7 @@ def variants() -> list[Variant]:
                 Variant(
                     *(_restore_kernel, f"{name}{' masking gradients' if mask else ''}", tables, constants),
                     *(settings.warps, 3 if mask else 1),
-                    essential=dtype != torch.bfloat16,
+                    essential=dtype == torch.float32,
                     bytes_per_element=(5 if mask else 2) * size,
                 )
             )

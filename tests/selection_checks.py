@@ -394,7 +394,7 @@ CHECKS = {
         failures,
         strided_memory,
     ),
-    4: (every_placement, lists, large, transposed, several_meshes, kernels, models, curve, failures),
+    4: (every_placement, lists, transposed, several_meshes, kernels, failures),
 }
 
 

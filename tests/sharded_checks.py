@@ -439,7 +439,6 @@ CHECKS = {
         attached: (torch.float32,),
         in_the_loss: (torch.float64,),
         moments: BOTH,
-        groups: (torch.float64,),
         resume: (torch.float32,),
         placements: BOTH,
         hybrid: BOTH,

@@ -457,8 +457,6 @@ def captured(call):
     return call
 
 
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_a_perturbation():
     """The gradient twice, the weight read, written, copied; back: the copy read, the weight written."""
     found = bytes_per_value(perturb)
@@ -487,6 +485,8 @@ def test_perturbations_that_are_wrong_are_refused():
         perturb._check_zeros(dense, [other], 0.5)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("op", select_mask.OPS)
 def test_every_way_of_selection_on_several_copies(op, dtype, ties, monkeypatch):
     monkeypatch.setattr(selecting, "captured", captured)
