@@ -195,7 +195,7 @@ class CrAMPlus(CrAM):
 
     Args: as :class:`CrAM`.
 
-    Source: Peste et al., ICLR 2023, arXiv 2207.14200, equation 6.
+    Source: Peste et al., ICLR 2023, arXiv 2207.14200 (CrAM+).
 
     Example:
         >>> import torch

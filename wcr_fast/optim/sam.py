@@ -37,7 +37,7 @@ class SAM(TwoPassOptimizer):
 
     Exactness: restored weights have the same bits. With float32 weights the norm is summed in float64 over parts.
 
-    Source: Foret et al., ICLR 2021, arXiv 2010.01412, equation 2 and algorithm 1 (rho = 0.05). Batch-norm statistics
+    Source: Foret et al., ICLR 2021, arXiv 2010.01412, algorithm 1 (rho = 0.05). Batch-norm statistics
     as in the authors' code; their L2 term is part of the loss in both passes, ours is the base optimizer's.
 
     Example:
@@ -80,7 +80,7 @@ class ASAM(TwoPassOptimizer):
         eta: added to the magnitudes, >= 0; a group option as rho is.
         adaptive: ``"weights"`` scales parameters with two or more dimensions, ``"all"`` every one.
 
-    Source: Kwon et al., ICML 2021, arXiv 2102.11600, equation 5 (elementwise). The authors' code goes by names and so
+    Source: Kwon et al., ICML 2021, arXiv 2102.11600, the elementwise form. The authors' code goes by names and so
     scales the gains of normalisation layers, too; other implementations scale everything, with eta = 0.
 
     Example:

@@ -164,7 +164,7 @@ class GroupLasso(GroupTerm):
     Exactness: squares are summed in the dtype of the arithmetic within a piece of a group, pieces in float64 (on the
     torch path all in float64); repeatable bit for bit. On a GPU squares of magnitudes beyond 1e19 overflow.
 
-    Source: Yuan and Lin 2006; for filters and channels Wen et al., "Structured Sparsity Learning", NeurIPS 2016, eq. 2.
+    Source: Yuan and Lin 2006; for filters and channels Wen et al., "Structured Sparsity Learning", NeurIPS 2016.
 
     Example:
         >>> import torch

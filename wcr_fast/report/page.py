@@ -165,7 +165,7 @@ def render_page(
     tested = [(s, p) for p in PROTOCOLS for s in (0.95, 0.98) if s in summary.sparsities]
     findings = [tables.ranking(summary, sparsity, protocol) for sparsity, protocol in tested]
     if costs:  # thirty methods in a sentence say less than their table
-        findings = [LEADING]
+        findings = []
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -180,8 +180,8 @@ def render_page(
 at once, over all layers together and without further training. Every number comes from results.json beside this
 page.</p>
 <h2>What was measured</h2>
-{_list(findings)}
-{_paragraphs([tables.seeds_note(summary), *_warnings(results, summary)])}
+{_list(findings) if findings else ""}
+{_paragraphs([*[LEADING] * bool(costs), tables.seeds_note(summary), *_warnings(results, summary)])}
 {tables.html_methods(summary, costs) if costs else ""}
 {tables.html_accuracy(summary, "as_is")}
 {tables.html_accuracy(summary, "re_estimated")}
